@@ -1,0 +1,17 @@
+"""The decoder and its parts. Start with `model.py`."""
+
+from .blocks import BLOCKS
+from .configuration import DecoderConfig
+from .experts import EXPERTS
+from .feed_forward import FEED_FORWARDS
+from .host import register_checkpoint_layout, use_our_balance_loss
+from .mixers import MIXERS
+from .model import (
+    DecoderForCausalLM,
+    DecoderForSequenceClassification,
+    DecoderForTokenClassification,
+    DecoderModel,
+    model_classes,
+)
+from .parts import build, resolve, walk
+from .routers import ROUTERS

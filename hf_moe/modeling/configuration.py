@@ -1,0 +1,141 @@
+"""One config for every architecture: sizes of the whole model are fields, everything else is a part's spec."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from .blocks import BLOCKS
+from .mixers import MIXERS
+from .parts import resolve, walk
+
+
+@strict
+class DecoderConfig(PreTrainedConfig):
+    """Sizes shared by all layers. A subclass says what its `blocks` are made of and in which `block_pattern`.
+
+    Args:
+        num_key_value_heads: defaults to `num_attention_heads`.
+        head_dim: defaults to `hidden_size // num_attention_heads`.
+        rope_parameters: defaults to `{"rope_type": "default", "rope_theta": 10000.0}`.
+        sliding_window: tokens that a mixer with `sliding=True` looks back on.
+        output_router_logits: return the router logits of every MoE layer, and the balance loss outside training too.
+        router_aux_loss_coef: weight of the load-balancing loss of each MoE layer, added to the loss in training; 0
+            turns it off. Switch Transformer's 0.01.
+        router_z_loss_coef: weight of the router z-loss of each MoE layer (ST-MoE's 0.001); off by default.
+
+    Raises:
+        ValueError: unknown part or option, head counts that do not divide, more experts per token than experts.
+    """
+
+    if TYPE_CHECKING:  # subclasses have them as fields, class attributes or properties
+        blocks: Any
+        block_pattern: Any
+
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    rope_parameters: RopeParameters | dict | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    attention_dropout: float | int = 0.0
+    sliding_window: int | None = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.01
+    router_z_loss_coef: float | int = 0.0
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
+                    f"{self.num_attention_heads}; change one of them or set head_dim."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def validate_heads(self) -> None:
+        """Query heads must come in equal groups per key head, and rotary positions need an even head width."""
+        assert self.num_key_value_heads and self.head_dim, "filled by __post_init__"
+        if self.num_attention_heads % self.num_key_value_heads:
+            divisors = [n for n in range(1, self.num_attention_heads + 1) if self.num_attention_heads % n == 0]
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads="
+                f"{self.num_attention_heads}; use one of {divisors}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need an even one.")
+
+    def validate_blocks(self) -> None:
+        """Every named block must exist and its parts must accept their options."""
+        blocks, pattern = self.blocks, self.block_pattern
+        if unknown := sorted(set(pattern) - blocks.keys()):
+            raise ValueError(f"block_pattern names {unknown}; `blocks` has {sorted(blocks)}.")
+        for spec in blocks.values():
+            for _, part, options in walk(BLOCKS, resolve(BLOCKS, spec)):
+                part.check(self, **options)
+        with torch.device("meta"):
+            self.shared_modules()
+
+    def validate_layer_type(self) -> None:
+        """`layer_types` is derived from checked specs and may name cache layers of our own."""
+
+    def block(self, layer_idx: int) -> dict[str, Any]:
+        """The resolved spec of one layer; the pattern repeats until every layer has one."""
+        return resolve(BLOCKS, self.blocks[self.block_pattern[layer_idx % len(self.block_pattern)]])
+
+    def shared_modules(self) -> dict[str, nn.Module]:
+        """Build the modules that parts share over the depth; blocks that want different ones under a name conflict."""
+        shared: dict[str, nn.Module] = {}
+        for spec in self.blocks.values():
+            for _, part, options in walk(BLOCKS, resolve(BLOCKS, spec)):
+                for name, module in part.shared_modules(self, **options).items():
+                    if str(shared.setdefault(name, module)) != str(module):
+                        raise ValueError(
+                            f"All blocks share one {name!r}, but they ask for {shared[name]} and {module}."
+                        )
+        return shared
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What Transformers needs to choose each layer's cache and mask."""
+        blocks = self.blocks  # not resolved again: this runs in every forward pass, compiled ones too
+        mixers = [blocks[name]["mixer"] for name in self.block_pattern]
+        types = [MIXERS[mixer["type"]].layer_type_of(mixer) for mixer in mixers]
+        return [types[layer_idx % len(types)] for layer_idx in range(self.num_hidden_layers)]
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor-parallel plan, put together from what the parts declare."""
+        return self.plan("tp_plan")
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """Expert-parallel plan, put together from what the parts declare."""
+        return self.plan("ep_plan")
+
+    def plan(self, name: str) -> dict[str, str]:
+        """Collect one kind of plan (`tp_plan` or `ep_plan`) over all layers."""
+        plan = {}
+        for layer_idx in range(self.num_hidden_layers):
+            for path, part, _ in walk(BLOCKS, self.block(layer_idx), f"layers.{layer_idx}"):
+                for child, style in getattr(part, name).items():
+                    plan[f"{path}.{child}" if child else path] = style
+        return plan

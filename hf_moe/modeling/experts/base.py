@@ -1,0 +1,35 @@
+"""What every set of experts promises. Letters: N tokens, D width, E experts, F expert width, K chosen per token."""
+
+from typing import Any, ClassVar
+
+import torch
+
+from ..parts import Part
+
+
+class Experts(Part):
+    """`forward(tokens (N, D), indices (N, K), weights (N, K)) -> (N, D)`: Transformers' ExpertsInterface contract."""
+
+    attribute: ClassVar[str] = "experts"
+    per_expert_names: ClassVar[dict[str, tuple[str, ...]]] = {}  # stacked parameter -> its per-expert tensors on disk
+    num_experts: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(stack_per_expert_tensors)
+
+
+def stack_per_expert_tensors(module: Experts, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Accept per-expert keys in a plain `load_state_dict`.
+
+    `Trainer` resumes and reloads its best model that way, with `strict=False`, from checkpoints that `save_pretrained`
+    wrote per expert: without this hook the experts would silently not be restored (Transformers 5.23).
+    """
+    for stacked, names in module.per_expert_names.items():
+        if prefix + stacked in state_dict or f"{prefix}0.{names[0]}.weight" not in state_dict:
+            continue
+        tensors = [
+            torch.cat([state_dict.pop(f"{prefix}{expert}.{name}.weight") for name in names])
+            for expert in range(module.num_experts)
+        ]
+        state_dict[prefix + stacked] = torch.stack(tensors)

@@ -1,0 +1,53 @@
+"""What every router promises. Letters: N tokens, D width, E experts, K chosen experts per token."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..losses import router_z_loss, switch_loss
+from ..parts import Part
+
+
+class Routing(NamedTuple):
+    """Which experts see which tokens."""
+
+    logits: torch.Tensor  # (N, E)
+    weights: torch.Tensor  # (N, K) combine weights; an unused slot has weight 0
+    indices: torch.Tensor  # (N, K)
+    state: torch.Tensor | None = None  # what the next layer's router receives, with its gradient
+
+
+class RoutingContext(NamedTuple):
+    """What the routers of one forward pass share."""
+
+    shared: nn.ModuleDict | None = None  # modules that are one object over the whole depth
+    token_mask: torch.Tensor | None = None  # (N,) False for padding; None if there is none
+    losses: bool = False  # whether the balance losses are wanted
+
+
+NO_CONTEXT = RoutingContext()
+
+
+class Router(Part):
+    """Chooses experts: `forward(tokens (N, D), state, context) -> Routing`."""
+
+    top_k: int
+
+    def __init__(self, config: Any, layer_idx: int, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(
+        self, tokens: torch.Tensor, state: torch.Tensor | None = None, context: RoutingContext = NO_CONTEXT
+    ) -> Routing:
+        raise NotImplementedError
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """(N, E) probabilities in fp32, as the selection and the balance loss read them."""
+        return logits.float().softmax(-1)
+
+    def losses(self, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
+        """(2,): Switch loss (1 at perfect balance) and z-loss of this call."""
+        balance = switch_loss(self.scores(routing.logits), routing.indices, routing.weights, token_mask)
+        return torch.stack([balance, router_z_loss(routing.logits, token_mask)])

@@ -1,0 +1,51 @@
+"""Small models for tests: ours and those of people who build on the package."""
+
+from typing import Any
+
+from .architectures import ARCHITECTURES
+from .modeling import DecoderConfig
+
+_COMMON = {
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MOE_BLOCK = {
+    "mixer": {"type": "attention"},
+    "feed_forward": {
+        "type": "moe",
+        "num_experts": 4,
+        "router": {"type": "top_k", "top_k": 2},
+        "experts": {"type": "swiglu", "intermediate_size": 16},
+    },
+}
+_OWN = {
+    "hf_moe": {"blocks": {"moe": _MOE_BLOCK}},
+    "bam": {"intermediate_size": 32, "num_experts": 3},
+    "rmoe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_state_size": 8},
+    "mole": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "latent_size": 8,
+        "experts_per_group": 2,
+    },
+}
+
+
+def tiny_config(model_type: str, **overrides: Any) -> DecoderConfig:
+    """A config of under 1M parameters for any of our architectures (2 layers, vocabulary 256).
+
+    Args:
+        model_type: a key of `hf_moe.ARCHITECTURES`.
+        overrides: any field of that config.
+    """
+    if model_type not in ARCHITECTURES:
+        raise ValueError(f"Unknown model_type {model_type!r}; choose from {sorted(ARCHITECTURES)}.")
+    return ARCHITECTURES[model_type][0](**{**_COMMON, **_OWN.get(model_type, {}), **overrides})

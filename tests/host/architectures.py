@@ -1,0 +1,91 @@
+"""The entries: every architecture of ours, variants with more parts in play, and a stock model as the control."""
+
+from dataclasses import fields
+from typing import Any
+
+import transformers
+from harness import Entry
+from hf_moe import ARCHITECTURES
+from hf_moe.architectures import CLASSIFIERS
+from hf_moe.testing import tiny_config
+
+# At most two layers and a million parameters: Transformers has a test for each.
+SIZES: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+SPARSE_SLIDING_BLOCK = {
+    "type": "pre_norm",
+    "mixer": {"type": "attention", "sliding": True, "qk_norm": True},
+    "feed_forward": {
+        "type": "moe",
+        "num_experts": 4,
+        "router": {"type": "top_k", "top_k": 2, "scoring": "softmax_selected"},
+        "experts": {"type": "swiglu", "intermediate_size": 16},
+        "shared_intermediate_size": 16,
+        "shared_gate": True,
+    },
+}
+DENSE_PARALLEL_BLOCK = {
+    "type": "parallel",
+    "mixer": {"type": "attention", "rotary": False, "qkv_bias": True, "output_bias": True},
+    "feed_forward": {"type": "mlp", "intermediate_size": 32},
+}
+
+# entry -> model type, options on top of its tiny config
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hf_moe_hybrid": (
+        "hf_moe",
+        {"blocks": {"sparse": SPARSE_SLIDING_BLOCK, "dense": DENSE_PARALLEL_BLOCK}, "sliding_window": 4},
+    ),
+    "bam_shared": (
+        "bam",
+        {"block_type": "pre_norm", "share_key_value": True, "qk_norm": True, "qkv_bias": True},
+    ),
+}
+
+CONTROL = "qwen3_moe"  # not ours: when one of our models fails, it tells whether Transformers itself passes
+
+
+def entry_names() -> list[str]:
+    """Every architecture, then the variants; the control is run by name only."""
+    return [*ARCHITECTURES, *VARIANTS]
+
+
+def entry(name: str) -> Entry:
+    """The entry of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name == CONTROL:
+        return control()
+    if name not in entry_names():
+        raise ValueError(f"Unknown architecture {name!r}; choose from {[*entry_names(), CONTROL]}.")
+    model_type, options = VARIANTS.get(name, (name, {}))
+    config_class, *classes = ARCHITECTURES[model_type]
+    config = tiny_config(model_type, **SIZES, **options)
+    written = config.to_diff_dict()
+    options = {field.name: written[field.name] for field in fields(config_class) if field.name in written}
+    return Entry(name, config_class, (*classes, *CLASSIFIERS[model_type]), options)
+
+
+def control() -> Entry:
+    """Qwen3-MoE as Transformers has it."""
+    classes = (
+        transformers.Qwen3MoeModel,
+        transformers.Qwen3MoeForCausalLM,
+        transformers.Qwen3MoeForSequenceClassification,
+        transformers.Qwen3MoeForTokenClassification,
+    )
+    experts = {"moe_intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 2}
+    return Entry(CONTROL, transformers.Qwen3MoeConfig, classes, SIZES | experts)

@@ -1,0 +1,76 @@
+"""The models that the hub tests go through: every architecture, and several compositions of the free one."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import hf_moe
+from hf_moe.modeling import DecoderConfig
+from hf_moe.testing import tiny_config
+
+ATTENTION = {"type": "attention"}
+DENSE = {"type": "parallel", "mixer": ATTENTION, "feed_forward": {"type": "mlp", "intermediate_size": 48}}
+SHARED_EXPERT = {
+    "mixer": {"type": "attention", "qk_norm": True, "sliding": True},
+    "feed_forward": {
+        "type": "moe",
+        "num_experts": 4,
+        "router": {"type": "top_k", "top_k": 2, "scoring": "softmax_selected"},
+        "experts": {"type": "swiglu", "intermediate_size": 16},
+        "shared_intermediate_size": 24,
+        "shared_gate": True,
+    },
+}
+RECURRENT = {
+    "mixer": {"type": "soft_mixture_of_attention", "num_experts": 2, "share_key_value": True},
+    "feed_forward": {
+        "type": "moe",
+        "num_experts": 4,
+        "router": {"type": "recurrent", "top_k": 2, "state_size": 8},
+        "experts": {"type": "latent", "intermediate_size": 16, "latent_size": 8, "experts_per_group": 2},
+    },
+}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (model type, overrides of the tiny config)
+    "hf_moe": ("hf_moe", {}),
+    "hf_moe_dense": ("hf_moe", {"blocks": {"dense": DENSE}, "tie_word_embeddings": True}),
+    "hf_moe_mixed": (
+        "hf_moe",
+        {
+            "blocks": {"dense": DENSE, "shared": SHARED_EXPERT, "recurrent": RECURRENT},
+            "block_pattern": ["dense", "shared", "recurrent"],
+            "num_hidden_layers": 3,
+            "sliding_window": 8,
+        },
+    ),
+    "bam": ("bam", {}),
+    "bam_shared": ("bam", {"block_type": "pre_norm", "share_key_value": True, "qk_norm": True, "qkv_bias": True}),
+    "rmoe": ("rmoe", {}),
+    "mole": ("mole", {}),
+    "mole_factorized": ("mole", {"factorize_down": True}),
+}
+
+
+def tiny(case: str) -> DecoderConfig:
+    """The config of a case."""
+    model_type, overrides = CASES[case]
+    return tiny_config(model_type, **overrides)
+
+
+def tiny_model(case: str) -> PreTrainedModel:
+    """The model of a case, with weights that the name of the case decides."""
+    config = tiny(case)
+    torch.manual_seed(list(CASES).index(case))
+    return hf_moe.ARCHITECTURES[config.model_type][2](config).eval()
+
+
+def token_ids() -> torch.Tensor:
+    """One batch that every case reads."""
+    return torch.arange(3, 35).view(2, 16)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """What a model says to `token_ids`."""
+    return model(input_ids=token_ids()).logits
