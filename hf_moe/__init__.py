@@ -56,5 +56,5 @@ for model_type, (config_class, model_class, causal_lm_class) in ARCHITECTURES.it
     AutoModelForCausalLM.register(config_class, causal_lm_class)
     AutoModelForSequenceClassification.register(config_class, sequence_class)
     AutoModelForTokenClassification.register(config_class, token_class)
-    register_checkpoint_layout(model_type)
+    register_checkpoint_layout(config_class)
 del model_type, config_class, model_class, causal_lm_class, sequence_class, token_class

@@ -132,10 +132,15 @@ class DecoderConfig(PreTrainedConfig):
         return self.plan("ep_plan")
 
     def plan(self, name: str) -> dict[str, str]:
-        """Collect one kind of plan (`tp_plan` or `ep_plan`) over all layers."""
-        plan = {}
-        for layer_idx in range(self.num_hidden_layers):
-            for path, part, _ in walk(BLOCKS, self.block(layer_idx), f"layers.{layer_idx}"):
-                for child, style in getattr(part, name).items():
-                    plan[f"{path}.{child}" if child else path] = style
-        return plan
+        """Collect one kind of plan (`tp_plan` or `ep_plan`) over all layers.
+
+        Transformers looks layers up as `layers.*` only: where two blocks disagree about a module, nothing is sharded.
+        """
+        plan: dict[str, str] = {}
+        for block in dict.fromkeys(self.block_pattern):
+            for path, part, options in walk(BLOCKS, resolve(BLOCKS, self.blocks[block]), "layers.*"):
+                for child, style in part.plan(name, **options).items():
+                    key = f"{path}.{child}" if child else path
+                    if plan.setdefault(key, style) != style:
+                        plan[key] = "replicate"
+        return {key: style for key, style in plan.items() if style != "replicate"}

@@ -85,6 +85,10 @@ class SparseMoe(FeedForward):
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if shared_gate else None
 
     @classmethod
+    def plan(cls, name: str, **options: Any) -> dict[str, str]:
+        return super().plan(name, **options) if options["shared_intermediate_size"] else {}
+
+    @classmethod
     def check(cls, config: Any, **options: Any) -> None:
         num_experts, top_k = options["num_experts"], options["router"].get("top_k", 1)
         if not 1 <= top_k <= num_experts:

@@ -7,18 +7,22 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 from transformers.models.mixtral import modeling_mixtral
 
+from .configuration import DecoderConfig
 from .experts import EXPERTS
 from .losses import RouterLogits
 
 
-def register_checkpoint_layout(model_type: str) -> None:
-    """Save the experts of `model_type` as one tensor per expert, the layout that vLLM, llama.cpp and mergekit read.
+def register_checkpoint_layout(config_class: type[DecoderConfig]) -> None:
+    """Save the experts of a model type as one tensor per expert, the layout that vLLM, llama.cpp and mergekit read.
 
-    In memory they are fused; `from_pretrained` accepts both layouts, `save_pretrained(save_original_format=False)`
-    writes the fused one.
+    In memory they are stacked; `from_pretrained` accepts both layouts, `save_pretrained(save_original_format=False)`
+    writes the stacked one.
     """
+    feed_forwards = [block["feed_forward"] for block in config_class().blocks.values()]
+    kinds = [feed_forward["experts"]["type"] for feed_forward in feed_forwards if "experts" in feed_forward]
     converters = []
-    for experts in EXPERTS.values():
+    for kind in kinds or EXPERTS:  # a free composition may hold any
+        experts = EXPERTS[kind]
         for fused, names in experts.per_expert_names.items():
             path = f"mlp.{experts.attribute}"
             merge: list[ConversionOps] = [MergeModulelist(dim=0)]
@@ -26,7 +30,7 @@ def register_checkpoint_layout(model_type: str) -> None:
                 merge.append(Concatenate(dim=1))
             sources = [f"{path}.*.{name}.weight" for name in names]
             converters.append(WeightConverter(sources, f"{path}.{fused}", merge))
-    register_checkpoint_conversion_mapping(model_type, converters, overwrite=True)
+    register_checkpoint_conversion_mapping(config_class.model_type, converters, overwrite=True)
 
 
 def use_our_balance_loss() -> None:

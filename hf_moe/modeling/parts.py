@@ -30,6 +30,11 @@ class Part(nn.Module):
         """Raise `ValueError` if these options cannot work under `config`."""
 
     @classmethod
+    def plan(cls, name: str, **options: Any) -> dict[str, str]:
+        """`tp_plan` or `ep_plan` of this part with these options."""
+        return cls.ep_plan if name == "ep_plan" else cls.tp_plan
+
+    @classmethod
     def shared_modules(cls, config: Any, **options: Any) -> dict[str, nn.Module]:
         """Modules of this part that are one object over the whole depth; the decoder owns them."""
         return {}

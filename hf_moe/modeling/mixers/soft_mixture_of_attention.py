@@ -29,7 +29,8 @@ class SoftMixtureOfAttention(Mixer):
         sliding: attend to the last `config.sliding_window` tokens only.
     """
 
-    # Heads are expert-major: sharding them would need the gate sharded along; attention stays replicated.
+    # heads are expert-major: sharding them would need the gate sharded along with them
+    tp_plan = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"), "replicate")
 
     def __init__(
         self,
