@@ -4,7 +4,7 @@ from .blocks import BLOCKS
 from .configuration import DecoderConfig
 from .experts import EXPERTS
 from .feed_forward import FEED_FORWARDS
-from .host import register_checkpoint_layout, use_our_balance_loss
+from .host import register
 from .mixers import MIXERS
 from .model import (
     DecoderForCausalLM,

@@ -1,6 +1,6 @@
 """One config for every architecture: sizes of the whole model are fields, everything else is a part's spec."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -32,8 +32,8 @@ class DecoderConfig(PreTrainedConfig):
     """
 
     if TYPE_CHECKING:  # subclasses have them as fields, class attributes or properties
-        blocks: Any
-        block_pattern: Any
+        blocks: ClassVar[Any]
+        block_pattern: ClassVar[Any]
 
     keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits"]
 

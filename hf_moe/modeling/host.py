@@ -1,15 +1,39 @@
-"""What we teach Transformers at import: one balance loss for every trainer, and our checkpoint layouts."""
+"""What we teach Transformers at import: our classes, our checkpoint layouts, one balance loss for every trainer."""
 
 from functools import wraps
 
 import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 from transformers.models.mixtral import modeling_mixtral
 
 from .configuration import DecoderConfig
 from .experts import EXPERTS
-from .losses import RouterLogits
+from .model import DecoderForCausalLM, DecoderForSequenceClassification, DecoderForTokenClassification, DecoderModel
+
+
+def register(
+    config_class: type[DecoderConfig],
+    model_class: type[DecoderModel],
+    causal_lm_class: type[DecoderForCausalLM],
+    sequence_class: type[DecoderForSequenceClassification],
+    token_class: type[DecoderForTokenClassification],
+) -> None:
+    """Make an architecture known to the Auto classes, the checkpoint loader and the trainers."""
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoModel.register(config_class, model_class)
+    AutoModelForCausalLM.register(config_class, causal_lm_class)
+    AutoModelForSequenceClassification.register(config_class, sequence_class)
+    AutoModelForTokenClassification.register(config_class, token_class)
+    register_checkpoint_layout(config_class)
+    use_our_balance_loss()
 
 
 def register_checkpoint_layout(config_class: type[DecoderConfig]) -> None:
@@ -45,7 +69,7 @@ def use_our_balance_loss() -> None:
 
     @wraps(original)
     def load_balancing_loss_func(gate_logits, *args, **kwargs) -> torch.Tensor | int:
-        if isinstance(gate_logits, RouterLogits):
+        if hasattr(gate_logits, "aux_loss"):  # a flat single file has a RouterLogits of its own: no isinstance
             if gate_logits.aux_loss is None:
                 raise ValueError("These router logits lost their balance loss; train with `outputs.aux_loss` instead.")
             return gate_logits.aux_loss

@@ -62,7 +62,7 @@ class RouterLogits(tuple):
     """The router logits of all MoE layers, in order, and the balance loss that belongs to them.
 
     TRL's trainers call the decoder without its language-modeling head and hand these logits to Mixtral's formula,
-    which pools layers and guesses the selection; `hf_moe.modeling.host` makes that function return `aux_loss` instead.
+    which pools layers and guesses the selection; `host.py` makes that function return `aux_loss` instead.
     """
 
     aux_loss: torch.Tensor | None

@@ -184,7 +184,7 @@ def test_bf16_is_near_fp32(model):
     logits = copy.deepcopy(model).bfloat16()(X).logits
     assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
     error = (logits.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    # a token near a routing boundary may change experts under rounding: the median tells whether the mathematics agrees
+    # a token near a routing boundary may change experts under rounding: the median tells whether the formula agrees
     assert error.median() < 0.1, error
 
 
