@@ -34,6 +34,8 @@ from .modeling import (
     FEED_FORWARDS,
     MIXERS,
     ROUTERS,
+    MoeLayer,
+    moe_layers,
     register,
 )
 

@@ -1,5 +1,6 @@
 """The decoder and its parts. Start with `model.py`."""
 
+from .anatomy import MoeLayer, moe_layers
 from .blocks import BLOCKS
 from .configuration import DecoderConfig
 from .experts import EXPERTS

@@ -69,9 +69,16 @@ class DecoderConfig(PreTrainedConfig):
                     f"{self.num_attention_heads}; change one of them or set head_dim."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        self.check_heads()
+        self.check_blocks()
         super().__post_init__(**kwargs)
 
-    def validate_heads(self) -> None:
+    def validate_parts(self) -> None:
+        """Check again what may have changed since construction; huggingface_hub calls this when a config is saved."""
+        self.check_heads()
+        self.check_blocks()
+
+    def check_heads(self) -> None:
         """Query heads must come in equal groups per key head, and rotary positions need an even head width."""
         assert self.num_key_value_heads and self.head_dim, "filled by __post_init__"
         if self.num_attention_heads % self.num_key_value_heads:
@@ -83,7 +90,7 @@ class DecoderConfig(PreTrainedConfig):
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need an even one.")
 
-    def validate_blocks(self) -> None:
+    def check_blocks(self) -> None:
         """Every named block must exist and its parts must accept their options."""
         blocks, pattern = self.blocks, self.block_pattern
         if unknown := sorted(set(pattern) - blocks.keys()):

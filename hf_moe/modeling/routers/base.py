@@ -33,6 +33,8 @@ class Router(Part):
     """Chooses experts: `forward(tokens (N, D), state, context) -> Routing`."""
 
     top_k: int
+    scoring: str = "softmax"  # what the scores are: the name that tools read
+    normalize: bool = True  # whether the combine weights of a token sum to 1
 
     def __init__(self, config: Any, layer_idx: int, num_experts: int) -> None:
         super().__init__()
