@@ -41,6 +41,6 @@ from .modeling import (
 
 __version__ = "0.1.0"
 
-for model_type, classes in ARCHITECTURES.items():
-    register(*classes, *CLASSIFIERS[model_type])
-del model_type, classes
+for model_type, (config_class, model_class, causal_lm_class) in ARCHITECTURES.items():
+    register(config_class, model_class, causal_lm_class, *CLASSIFIERS[model_type])
+del model_type, config_class, model_class, causal_lm_class

@@ -1,1 +1,1 @@
-
+"""The command line, `hf-moe`. It may import everything; nothing imports it."""

@@ -163,8 +163,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send([{"type": "file", "path": path, "size": len(file), "oid": oid[path]} for path, file in files])
 
     def resolve(self, body: bytes, repo: str, file: str) -> None:
-        content = self.server.repos.get(repo, {}).get(file)
-        if content is None:
+        if repo not in self.server.repos:
+            return self.not_found("RepoNotFound")
+        if (content := self.server.repos[repo].get(file)) is None:
             return self.not_found("EntryNotFound")
         tag = hashlib.sha256(content).hexdigest()
         self.send(content, ETag=f'"{tag}"', X_Repo_Commit=COMMIT, X_Linked_Size=len(content))

@@ -1,6 +1,6 @@
 """Use flat files in a process that cannot import hf_moe: `python run_flat.py FOLDER`, one sub-folder for each case.
 
-Reads CASE/flat.py, the checkpoint beside it, CASE/state.safetensors and CASE/input.safetensors; prints one JSON object.
+Reads `flat.py`, the checkpoint beside it, `state.safetensors` and `input.safetensors`; prints one JSON object.
 """
 
 import importlib.abc
@@ -53,7 +53,7 @@ def use(folder: Path) -> dict[str, Any]:
         "problems": [str(keys) for keys in info.values() if keys],
         "loaded": (model(given["input_ids"]).logits - given["logits"]).abs().max().item(),
         "built": (built(given["input_ids"]).logits - given["logits"]).abs().max().item(),
-        "saved": config.to_dict() == transformers.AutoConfig.from_pretrained(again).to_dict()
+        "saved": (again / "config.json").read_text() == (folder / "config.json").read_text()
         and load_file(again / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys(),
         "generated": generated.tolist(),
         "classifier": type(classifier).__name__,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from hf_moe.hub.flatten import flatten
-from hf_moe.modeling import BLOCKS
+from hf_moe.modeling.blocks import Block
 from hf_moe.modeling.model import DecoderModel
 
 SCRIPT = Path(__file__).with_name("run_flat.py")
@@ -83,7 +83,7 @@ def test_holds_the_parts_in_use_and_no_others(case: str, kept: list[str], droppe
 
 @pytest.mark.parametrize("case", CASES)
 def test_keeps_comments_and_docstrings(case: str, flat: dict[str, str]):
-    for source in (DecoderModel, type(tiny(case)), BLOCKS["pre_norm"]):
+    for source in (DecoderModel, type(tiny(case)), Block):
         assert inspect.getsource(source).strip() in flat[case]
     assert "Read this file first" in flat[case]  # from the docstring of a module
     assert flat[case].startswith('"""') and "Written by hf_moe" in flat[case]

@@ -1,0 +1,59 @@
+"""The `hf-moe` program: one command per file, errors in one line."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from .env import env
+from .quickstart import quickstart
+from .show import show
+from .upcycle import upcycle
+
+app = typer.Typer(
+    name="hf-moe",
+    help="Mixtures of experts for Hugging Face Transformers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
+) -> None:
+    """Mixtures of experts for Hugging Face Transformers.
+
+    Examples:
+
+        hf-moe quickstart
+
+        hf-moe upcycle law-model code-model --to bam --output mixture
+
+        hf-moe show bam
+
+        hf-moe env
+    """
+    if debug:
+        os.environ["HF_MOE_DEBUG"] = "1"
+
+
+for command in (quickstart, upcycle, show, env):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the program. What a user can mend ends in one line and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("HF_MOE_DEBUG"):
+            raise
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

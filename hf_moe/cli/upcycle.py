@@ -1,0 +1,106 @@
+"""`hf-moe upcycle`: dense checkpoints into a mixture of experts."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..conversion import Plan
+
+TRAINING_NOTE = "These experts have never worked together: fine-tune the mixture on mixed data before you use it."
+EXACT_NOTE = "It computes what its source computes; train it to let the experts differ."
+
+
+def upcycle(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE", help="Dense models: folders with safetensors, or hub ids.")
+    ],
+    to: Annotated[
+        str, typer.Option("--to", metavar="TYPE", help="What to become: bam, mixtral, qwen3_moe, hf_moe or rmoe.")
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder for the mixture.")],
+    method: Annotated[
+        str | None,
+        typer.Option(help="bam, btx or copy. Default: bam for --to bam, else copy for one source and btx for more."),
+    ] = None,
+    num_experts: Annotated[
+        int | None, typer.Option(help="Experts per layer: one per source, or the number of copies (default 8).")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Feed-forward experts per token. Default: 1 for bam, else 2.")
+    ] = None,
+    router_init: Annotated[str, typer.Option(help="random or zero.")] = "random",
+    router_std: Annotated[float, typer.Option(help="Standard deviation of random routers.")] = 0.02,
+    share_key_value: Annotated[
+        bool, typer.Option("--share-key-value", help="bam: one averaged set of keys and values (a smaller cache).")
+    ] = False,
+    block_type: Annotated[
+        str | None, typer.Option(help="Insist that the sources have pre_norm (Llama-like) or parallel blocks.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the sources' own.")] = None,
+    seed: Annotated[int, typer.Option(help="Fixes the random routers.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
+) -> None:
+    """Turn dense Llama, Mistral, Qwen2, Qwen3 or dense hf_moe models into a mixture of experts.
+
+    bam and btx take several fine-tunes of one base model, copy takes one.
+
+    The output folder appears when it is complete, with the first tokenizer.
+
+    Examples:
+
+        hf-moe upcycle my-llama --to mixtral --num-experts 8 --output my-mixtral
+
+        hf-moe upcycle code-llama math-llama --to mixtral --output my-btx
+
+        hf-moe upcycle base code math law --to bam --share-key-value --dtype bfloat16 --output my-bam
+    """
+    from rich.console import Console
+
+    from ..conversion import Options, check_output, execute, plan_upcycling, save_upcycled
+
+    check_output(output, overwrite, sources)
+    options = Options(
+        target=to,
+        method=method,
+        num_experts=num_experts,
+        top_k=top_k,
+        router_init=router_init,
+        router_std=router_std,
+        share_key_value=share_key_value,
+        block_type=block_type,
+        seed=seed,
+        dtype=dtype,
+    )
+    plan = plan_upcycling(sources, options)
+    console = Console()
+    show_plan(console, plan)
+    model = execute(plan)
+    folder = save_upcycled(model, output, tokenizer_from=sources[0], overwrite=overwrite)
+    console.print(f"Saved {type(model).__name__} ({model.dtype}) to {folder}", markup=False, soft_wrap=True)
+    console.print(EXACT_NOTE if plan.exact else TRAINING_NOTE, style=None if plan.exact else "yellow", soft_wrap=True)
+
+
+def show_plan(console: "Console", plan: "Plan") -> None:
+    """What is going to be made, before it is made."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..conversion import METHODS
+
+    settings = plan.settings
+    total, active = plan.num_parameters()
+    table = Table(title=f"{len(plan.sources)} dense -> {settings.target}", show_header=False)
+    rows = {
+        "sources": "\n".join(source.label for source in plan.sources),
+        "method": f"{settings.method}: {METHODS[settings.method]}",
+        "experts": f"{settings.num_experts} per layer, {settings.top_k} per token",
+        "parameters": f"{total:,}",
+        "active per token": f"{active:,} ({active / total:.0%})",
+        "tensors": f"{len(plan.recipes):,}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(value))  # a path may look like markup
+    console.print(table)

@@ -1,0 +1,142 @@
+"""Where dense sources are: a local folder, the hub or memory. Weights stay there until `load`."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+LIGHT_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dense model: a local folder, a hub id or a model in memory."""
+
+    label: str
+    config: PreTrainedConfig
+    folder: Path | None = None  # config, tokenizer and licence files
+    weights: str | Path | None = None  # what from_pretrained takes
+    model: PreTrainedModel | None = None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type of the weights, if it is known before they are read."""
+        return self.model.dtype if self.model is not None else getattr(self.config, "dtype", None)
+
+    def load(self) -> PreTrainedModel:
+        """The model with its weights; only safetensors are read."""
+        if self.model is not None:
+            return self.model
+        loader: Any = AutoModelForCausalLM  # typed as if it never returned a report
+        try:
+            model, report = loader.from_pretrained(
+                self.weights,
+                dtype="auto",
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+            )
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.label}: cannot read its weights: {first_line(error)}") from error
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"{self.label}: the checkpoint lacks {len(missing)} tensors, the first is {missing[0]!r}")
+        if report["mismatched_keys"]:
+            name, found, wanted = min(report["mismatched_keys"])
+            raise ValueError(f"{self.label}: {name!r} has shape {tuple(found)}, its config says {tuple(wanted)}")
+        return model
+
+
+def first_line(error: Exception) -> str:
+    """The gist of an error that Transformers or the hub explains at length."""
+    return str(error).strip().split("\n")[0]
+
+
+def tensors_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """All weights of a model by name; a tied output embedding is left out."""
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    return state
+
+
+def open_source(given: str | Path | PreTrainedModel, index: int) -> Source:
+    """Find a source and read its config; weights stay where they are."""
+    if isinstance(given, PreTrainedModel):
+        return _open_model(given, f"source {index} ({type(given).__name__})")
+    if not isinstance(given, str | Path):
+        raise ValueError(
+            f"source {index} must be a folder, a hub id or a PreTrainedModel, not {type(given).__name__}"
+            " (a PEFT model: call merge_and_unload() first)"
+        )
+    path = Path(given).expanduser()
+    return _open_folder(path, str(given)) if path.is_dir() else _open_hub(str(given))
+
+
+def open_sources(given: Any) -> list[Source]:
+    """One source or a list of them."""
+    several = list(given) if isinstance(given, list | tuple) else [given]
+    if not several:
+        raise ValueError("no sources given: pass at least one folder, hub id or model")
+    sources = [open_source(one, index) for index, one in enumerate(several)]
+    for i, source in enumerate(sources):
+        for j in range(i):
+            if _same(sources[j], source):
+                warnings.warn(f"sources {j} and {i} are one and the same model", UserWarning, stacklevel=4)
+                break
+    return sources
+
+
+def _same(a: Source, b: Source) -> bool:
+    if a.model is not None or b.model is not None:
+        return a.model is b.model
+    return a.folder is not None and b.folder is not None and a.folder.resolve() == b.folder.resolve()
+
+
+def _open_model(model: PreTrainedModel, label: str) -> Source:
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{label} has no language-model head: pass the ...ForCausalLM model")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(f"{label} is quantised: use a floating-point model")
+    return Source(label=label, config=model.config, model=model)
+
+
+def _open_folder(folder: Path, label: str) -> Source:
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        hint = "a PEFT adapter: merge it into its base model first" if adapter else "no config.json"
+        raise ValueError(f"{label} is not a model folder: {hint}")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{label} holds no *.safetensors, and no other weight format is read: re-save it first")
+    config = _config(folder, label)
+    return Source(label=label, config=config, folder=folder, weights=folder)
+
+
+def light_folder(given: str | Path) -> Path:
+    """The folder with a model's config, tokenizer and licence files: local, or fetched from the hub (no weights)."""
+    if (path := Path(given).expanduser()).is_dir():
+        return path
+    try:
+        return Path(snapshot_download(str(given), allow_patterns=LIGHT_FILES))
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
+        raise ValueError(f"{str(given)!r} is neither a local folder nor a model of the hub: {reason}") from error
+
+
+def _open_hub(name: str) -> Source:
+    folder = light_folder(name)
+    return Source(label=name, config=_config(folder, name), folder=folder, weights=name)
+
+
+def _config(folder: Path, label: str) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{label}: cannot read its config: {first_line(error)}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{label} is quantised: use a floating-point model")
+    return config

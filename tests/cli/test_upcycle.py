@@ -1,0 +1,105 @@
+"""`hf-moe upcycle` from the user's chair: plan, result, advice, refusals before any work."""
+
+import json
+
+import pytest
+import torch
+import typer
+from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
+
+from hf_moe.cli.upcycle import upcycle
+from hf_moe.conversion import METHODS, TARGETS
+
+app = typer.Typer()
+app.command()(upcycle)
+
+
+def run(*arguments):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Three folders with different models of one shape."""
+    folders = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        folders.append(tmp_path_factory.mktemp("sources") / f"model-{seed}")
+        AutoModelForCausalLM.from_config(config).save_pretrained(folders[-1])
+    return folders
+
+
+def test_help_has_examples_and_all_choices():
+    text = run("--help").output
+    assert "hf-moe upcycle base code math law --to bam" in text
+    assert all(name in text for name in [*TARGETS, *METHODS])
+    options = "--to --output --method --num-experts --top-k --router-init --router-std --share-key-value --block-type"
+    assert all(flag in text for flag in (*options.split(), "--dtype", "--seed", "--overwrite"))
+
+
+def test_btx(sources, tmp_path):
+    result = run(*sources, "--to", "mixtral", "--output", tmp_path / "out", "--top-k", 2, "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    mixture = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    total = sum(p.numel() for p in mixture.parameters())
+    active = total - 2 * 1 * 3 * 32 * 40  # two layers, one expert that a token does not visit
+    for text in ("3 dense -> mixtral", "btx", f"{total:,}", f"{active:,}", "3 per layer, 2 per token", "model-2"):
+        assert text in result.output
+    assert f"Saved MixtralForCausalLM (torch.bfloat16) to {tmp_path / 'out'}" in result.output
+    assert "fine-tune the mixture on mixed data before you use it" in result.output
+    assert mixture.config.num_local_experts == 3 and mixture.dtype == torch.bfloat16
+
+
+def test_copy_says_that_it_is_exact(sources, tmp_path):
+    result = run(sources[0], "--to", "hf_moe", "--num-experts", 4, "-o", tmp_path / "out")
+    assert result.exit_code == 0 and "It computes what its source computes" in result.output, result.output
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "hf_moe"
+
+
+def test_bam_with_every_flag(sources, tmp_path):
+    flags = ["--method", "bam", "--num-experts", 3, "--top-k", 2, "--router-init", "random", "--router-std", 0.1]
+    flags += ["--share-key-value", "--block-type", "pre_norm", "--seed", 3, "--dtype", "float32", "--overwrite"]
+    result = run(*sources, "--to", "bam", "--output", tmp_path / "out", *flags)
+    assert result.exit_code == 0, result.output
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert (config.block_type, config.share_key_value, config.num_experts_per_tok) == ("pre_norm", True, 2)
+
+
+def test_refusals_come_before_any_work(sources, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.json").write_text('{"model_type": "llama"}')
+    for arguments, message in [
+        ([*sources, "--to", "bamm", "--output", tmp_path / "out"], "target='bamm' is unknown; choose from"),
+        ([sources[0], "--to", "bam", "--output", tmp_path / "out"], "needs at least 2 sources"),
+        ([*sources, "--to", "bam", "--output", tmp_path / "taken"], "pass --overwrite"),
+        ([*sources, "--to", "bam", "--output", sources[1], "--overwrite"], "cannot be replaced"),
+        ([*sources, "--to", "bam", "--output", sources[1].parent], "holds no model: nothing there is touched"),
+        (
+            [tmp_path / "nowhere", "--to", "mixtral", "--output", tmp_path / "out"],
+            "neither a local folder nor",
+        ),
+    ]:
+        result = run(*arguments)
+        assert isinstance(result.exception, ValueError) and message in str(result.exception), result.output
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
+
+
+def test_overwrite_replaces_a_model(sources, tmp_path):
+    out = tmp_path / "out"
+    for target in ("mixtral", "hf_moe"):
+        assert run(*sources, "--to", target, "--output", out, "--overwrite").exit_code == 0
+        assert json.loads((out / "config.json").read_text())["model_type"] == target
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
