@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # torch threads: the models in the tests are so small that a second thread only costs
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+HOST_TESTS := $(ONE_THREAD) $(BIN)/python -m pytest tests/host
 
-.PHONY: help quickstart test check style test-host test-slow clean
+.PHONY: help quickstart test check style test-host test-slow bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -21,6 +22,7 @@ quickstart: $(VENV)/.installed  ## dense models -> mixture -> fine-tune -> reloa
 
 test: check  ## everything that CI runs
 	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --durations 15
+	$(HOST_TESTS) -q -m fast --architecture=bam
 
 check: $(VENV)/.installed  ## lint, format, types
 	$(BIN)/ruff check .
@@ -31,8 +33,14 @@ style: $(VENV)/.installed  ## fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+test-host: $(VENV)/.installed  ## Transformers' own model tests over every architecture, every skip with its reason
+	$(HOST_TESTS) -q -rs
+
 test-slow: $(VENV)/.installed  ## the tests marked slow
 	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 -m slow
+
+bench: $(VENV)/.installed  ## our blocks next to Transformers', as ratios
+	$(BIN)/python -m benchmarks.feed_forward
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

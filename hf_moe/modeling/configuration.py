@@ -129,14 +129,14 @@ class DecoderConfig(PreTrainedConfig):
         return [types[layer_idx % len(types)] for layer_idx in range(self.num_hidden_layers)]
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """Tensor-parallel plan, put together from what the parts declare."""
-        return self.plan("tp_plan")
+    def base_model_tp_plan(self) -> dict[str, str] | None:
+        """Tensor-parallel plan, put together from what the parts declare; None if none can be sharded."""
+        return self.plan("tp_plan") or None
 
     @property
-    def base_model_ep_plan(self) -> dict[str, str]:
-        """Expert-parallel plan, put together from what the parts declare."""
-        return self.plan("ep_plan")
+    def base_model_ep_plan(self) -> dict[str, str] | None:
+        """Expert-parallel plan, put together from what the parts declare; None if no experts can be distributed."""
+        return self.plan("ep_plan") or None
 
     def plan(self, name: str) -> dict[str, str]:
         """Collect one kind of plan (`tp_plan` or `ep_plan`) over all layers.

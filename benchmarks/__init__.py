@@ -1,0 +1,1 @@
+"""Benchmarks: ratios against a named peer in the same run, medians with spread."""
