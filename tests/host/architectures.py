@@ -5,8 +5,10 @@ from typing import Any
 
 import transformers
 from harness import Entry
+
 from hf_moe import ARCHITECTURES
 from hf_moe.architectures import CLASSIFIERS
+from hf_moe.modeling import DecoderConfig
 from hf_moe.testing import tiny_config
 
 # At most two layers and a million parameters: Transformers has a test for each.
@@ -35,21 +37,30 @@ SPARSE_SLIDING_BLOCK = {
         "shared_gate": True,
     },
 }
-DENSE_PARALLEL_BLOCK = {
+LATENT_PARALLEL_BLOCK = {
     "type": "parallel",
     "mixer": {"type": "attention", "rotary": False, "qkv_bias": True, "output_bias": True},
-    "feed_forward": {"type": "mlp", "intermediate_size": 32},
+    "feed_forward": {
+        "type": "moe",
+        "num_experts": 4,
+        "router": {"type": "top_k", "top_k": 2, "normalize": False},
+        "experts": {"type": "latent", "intermediate_size": 16, "latent_size": 8, "experts_per_group": 2},
+    },
 }
 
-# entry -> model type, options on top of its tiny config
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+# Expert parallelism on two ranks wants an even number of experts.
+BAM = {"num_experts": 4, "num_attention_experts": 3}
+
+# entry -> model type, options on top of SIZES and its tiny config; an architecture without an entry is taken as it is
+ENTRIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bam": ("bam", BAM),
     "hf_moe_hybrid": (
         "hf_moe",
-        {"blocks": {"sparse": SPARSE_SLIDING_BLOCK, "dense": DENSE_PARALLEL_BLOCK}, "sliding_window": 4},
+        {"blocks": {"sparse": SPARSE_SLIDING_BLOCK, "latent": LATENT_PARALLEL_BLOCK}, "sliding_window": 4},
     ),
     "bam_shared": (
         "bam",
-        {"block_type": "pre_norm", "share_key_value": True, "qk_norm": True, "qkv_bias": True},
+        {**BAM, "block_type": "pre_norm", "share_key_value": True, "qk_norm": True, "qkv_bias": True},
     ),
 }
 
@@ -58,7 +69,7 @@ CONTROL = "qwen3_moe"  # not ours: when one of our models fails, it tells whethe
 
 def entry_names() -> list[str]:
     """Every architecture, then the variants; the control is run by name only."""
-    return [*ARCHITECTURES, *VARIANTS]
+    return [*ARCHITECTURES, *(name for name in ENTRIES if name not in ARCHITECTURES)]
 
 
 def entry(name: str) -> Entry:
@@ -71,12 +82,18 @@ def entry(name: str) -> Entry:
         return control()
     if name not in entry_names():
         raise ValueError(f"Unknown architecture {name!r}; choose from {[*entry_names(), CONTROL]}.")
-    model_type, options = VARIANTS.get(name, (name, {}))
+    model_type, options = ENTRIES.get(name, (name, {}))
     config_class, *classes = ARCHITECTURES[model_type]
     config = tiny_config(model_type, **SIZES, **options)
     written = config.to_diff_dict()
     options = {field.name: written[field.name] for field in fields(config_class) if field.name in written}
-    return Entry(name, config_class, (*classes, *CLASSIFIERS[model_type]), options)
+    expected = {"num_attention_heads": attention_maps(config)}
+    return Entry(name, config_class, (*classes, *CLASSIFIERS[model_type]), options, expected)
+
+
+def attention_maps(config: DecoderConfig) -> int:
+    """How many attention maps a layer returns: mixtures of attention fold their experts into the heads."""
+    return config.num_attention_heads * max(spec["mixer"].get("num_experts", 1) for spec in config.blocks.values())
 
 
 def control() -> Entry:

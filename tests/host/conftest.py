@@ -1,4 +1,8 @@
-"""Prepares a pytest process for Transformers' own model tests; `python -m pytest tests/host --architecture bam -m fast`."""
+"""Prepares a pytest process for Transformers' own model tests.
+
+python -m pytest tests/host --architecture=bam -m fast     one architecture, in about a minute
+python -m pytest tests/host -rs                            everything, and every skip with its reason
+"""
 
 import os
 import sys
@@ -18,7 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--architecture NAME`, as often as needed."""
+    """`--architecture=NAME`, as often as needed."""
     parser.addoption(
         "--architecture",
         action="append",
@@ -28,12 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Notes the entries to run, finds the sdist and puts our `tests` package, which overlays the sdist's folder, before everything else."""
+    """Notes what to run, finds the sdist, and puts our `tests` package, which overlays it, before everything else."""
     os.environ[CHOSEN] = " ".join(config.getoption("--architecture") or [])
     try:
         os.environ[sdist.VARIABLE] = str(sdist.tests_folder())
     except Exception as error:
-        raise pytest.UsageError(f"transformers' own tests are not here and could not be downloaded: {error}") from error
+        raise pytest.UsageError(f"No copy of transformers' own tests, and no way to download it: {error}") from error
     overlay = str(HERE / "overlay")
     sys.path.insert(0, overlay)
     # the fork server of the distributed tests is a fresh interpreter and does not inherit sys.path

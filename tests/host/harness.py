@@ -4,6 +4,7 @@ import unittest
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import upstream
 from model_tester import CausalLMModelTester
 from skips import reason_to_skip
@@ -16,6 +17,10 @@ from tests.test_training_mixin import TrainingTesterMixin
 from transformers import PreTrainedConfig, PreTrainedModel
 
 upstream.lift_limits()
+
+# These compare one process on a whole batch with several on its parts. A balance loss is a product of two means over
+# the batch, so its parts do not add up to the whole: Transformers' own models run here without theirs as well.
+SPLIT_BATCH_TESTS = ("test_hsdp_grad_accumulation", "test_fsdp2_expert_parallel")
 
 
 @dataclass
@@ -51,10 +56,29 @@ class HostTests(
         config = self.entry.config_class(**self.entry.options)
         self.model_tester = CausalLMModelTester(config, *self.entry.classes[:2], **self.entry.expected)
 
+    def _get_tiny_config(self) -> tuple[type[PreTrainedConfig], dict[str, Any]]:
+        """What the FSDP tests train."""
+        config_class, options = super()._get_tiny_config()
+        if self._testMethodName.startswith(SPLIT_BATCH_TESTS):
+            options["router_aux_loss_coef"] = 0.0
+        return config_class, options
+
     def test_config(self) -> None:
         """Round trips, defaults, labels, and a construction without arguments that warns of nothing."""
         tester = upstream.ConfigTester(self, config_class=self.entry.config_class, **self.entry.options)
         tester.run_common_tests()
+
+    @torch.no_grad()
+    def test_experts_implementations_agree(self) -> None:
+        """Same logits whichever of Transformers' implementations runs the experts, ours or its own."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = self.model_tester.causal_lm_class(config).eval()
+        logits = {}
+        for implementation in ("eager", "batched_mm", "grouped_mm"):
+            model.set_experts_implementation(implementation)
+            logits[implementation] = model(**inputs).logits
+        torch.testing.assert_close(logits["batched_mm"], logits["eager"], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits["grouped_mm"], logits["eager"], atol=1e-5, rtol=1e-4)
 
 
 def make_test_class(entry: Entry, module: str) -> type[unittest.TestCase]:

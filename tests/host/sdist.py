@@ -33,8 +33,8 @@ def _checked(tests: Path) -> Path:
     """`tests` itself, if it is the `tests/` folder of a transformers sdist."""
     if not (tests / "test_modeling_common.py").is_file():
         raise ValueError(
-            f"{tests} holds no test_modeling_common.py: it must be the tests/ folder of an unpacked transformers sdist; "
-            f"delete it or set {VARIABLE}"
+            f"{tests} holds no test_modeling_common.py, so it is not the tests/ folder of a transformers sdist; "
+            f"delete it or set {VARIABLE}."
         )
     return tests
 

@@ -3,13 +3,14 @@
 from unittest.mock import patch
 
 import transformers
+from transformers import PreTrainedModel
+
 from tests import (
     test_expert_parallel_mixin,
     test_fsdp_mixin,
     test_modeling_common,
     test_tensor_parallel_mixin,
 )
-from transformers import PreTrainedModel
 
 # The module imports the package around itself, an `__init__.py` that the sdist lacks, and makes no use of it.
 with patch("transformers.utils.direct_transformers_import", return_value=transformers):

@@ -6,6 +6,7 @@ then starts in a fraction of a second, where fresh interpreters take ten.
 
 import multiprocessing
 import os
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+
+PATIENCE = 300  # seconds for one test; the longest needs 20 on two idle cores
 
 multiprocessing.set_forkserver_preload(["hf_moe", "tests.test_fsdp_mixin", "tests.test_expert_parallel_mixin"])
 
@@ -46,9 +49,15 @@ def _run_rank(rank: int, world_size: int, host: str, port: int, function: Callab
 
 
 def _start_rank_processes(function: Callable[..., None], args: tuple = (), nprocs: int = 2) -> None:
-    torch.multiprocessing.start_processes(
-        _run_single_threaded, args=(function, args), nprocs=nprocs, start_method="forkserver"
+    ranks = torch.multiprocessing.start_processes(
+        _run_single_threaded, args=(function, args), nprocs=nprocs, join=False, start_method="forkserver"
     )
+    deadline = time.monotonic() + PATIENCE
+    while not ranks.join(timeout=max(0.0, deadline - time.monotonic())):
+        if time.monotonic() > deadline:
+            for process in ranks.processes:
+                process.kill()
+            raise TimeoutError(f"The ranks were still running after {PATIENCE} s: do they wait for each other?")
 
 
 def _run_single_threaded(rank: int, function: Callable[..., None], args: tuple) -> None:
