@@ -120,7 +120,10 @@ class SparseMoe(FeedForward):
             if self.shared_expert_gate is not None:
                 shared = self.shared_expert_gate(hidden_states).sigmoid() * shared
             output = output + shared
-        losses = self.gate.losses(routing, context.token_mask) if context.losses else None
+        losses = None
+        if context.losses:  # the mask is on the first layer's device
+            mask = None if context.token_mask is None else context.token_mask.to(tokens.device)
+            losses = self.gate.losses(routing, mask)
         # a router without a state of its own hands on what it received
         state = router_state if routing.state is None else routing.state
         return output, state, losses

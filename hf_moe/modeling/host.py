@@ -12,6 +12,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.mixtral import modeling_mixtral
 
 from .configuration import DecoderConfig
@@ -32,6 +33,8 @@ def register(
     AutoModelForCausalLM.register(config_class, causal_lm_class)
     AutoModelForSequenceClassification.register(config_class, sequence_class)
     AutoModelForTokenClassification.register(config_class, token_class)
+    # Trainer's label smoothing shifts the labels of models named here only, and would teach ours to copy their input
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = causal_lm_class.__name__
     register_checkpoint_layout(config_class)
     use_our_balance_loss()
 

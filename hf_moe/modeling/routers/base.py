@@ -1,5 +1,6 @@
 """What every router promises. Letters: N tokens, D width, E experts, K chosen experts per token."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,12 @@ class Routing(NamedTuple):
     state: torch.Tensor | None = None  # what the next layer's router receives, with its gradient
 
 
-class RoutingContext(NamedTuple):
-    """What the routers of one forward pass share."""
+@dataclass(frozen=True)
+class RoutingContext:
+    """What the routers of one forward pass share.
+
+    No tuple: accelerate would look into it and move the shared modules from device to device with every layer.
+    """
 
     shared: nn.ModuleDict | None = None  # modules that are one object over the whole depth
     token_mask: torch.Tensor | None = None  # (N,) False for padding; None if there is none

@@ -19,6 +19,13 @@ from .base import NO_CONTEXT, Router, Routing, RoutingContext
 CELLS = {"gru": nn.GRUCell, "rnn": nn.RNNCell, "lstm": nn.LSTMCell}
 
 
+class Float32Linear(nn.Linear):
+    """A linear map without bias that computes in fp32 whatever its weight's dtype."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input.float(), self.weight.float())
+
+
 class RouterCell(Part):
     """The cell shared over depth: a torch GRU, RNN or LSTM cell that computes in fp32 whatever its weights' dtype.
 
@@ -77,8 +84,8 @@ class Recurrent(Router):
     ) -> None:
         super().__init__(config, layer_idx, num_experts)
         self.top_k, self.normalize = top_k, normalize
-        self.in_proj = nn.Linear(config.hidden_size, state_size, bias=False)
-        self.out_proj = nn.Linear(state_size, num_experts, bias=False)
+        self.in_proj = Float32Linear(config.hidden_size, state_size, bias=False)
+        self.out_proj = Float32Linear(state_size, num_experts, bias=False)
 
     @classmethod
     def check(cls, config: Any, *, cell: str, **options: Any) -> None:
@@ -94,9 +101,9 @@ class Recurrent(Router):
     ) -> Routing:
         assert context.shared is not None, "the decoder hands over the cell"
         with torch.autocast(tokens.device.type, enabled=False):  # a state rounded at every layer would drift
-            inputs = F.linear(tokens.float(), self.in_proj.weight.float())
+            inputs = self.in_proj(tokens)
             hidden, state = context.shared["router_cell"](inputs, state)
-            logits = F.linear(hidden, self.out_proj.weight.float())
+            logits = self.out_proj(hidden.to(inputs.device))
         weights, indices = self.scores(logits).topk(self.top_k, dim=-1)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
