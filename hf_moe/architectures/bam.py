@@ -28,6 +28,7 @@ class BamConfig(DecoderConfig):
         qk_norm: RMSNorm on queries and keys, per attention expert (Qwen3 sources).
         qkv_bias: biases on queries, keys and values (Qwen2 sources).
         sliding_window: if set, attention looks back on that many tokens (Mistral sources).
+        router_z_loss_coef: the paper has a z-loss but not its weight; 0.001 is ST-MoE's and JetMoE's.
     """
 
     model_type = "bam"
@@ -44,6 +45,7 @@ class BamConfig(DecoderConfig):
     norm_topk_prob: bool = False
     qk_norm: bool = False
     qkv_bias: bool = False
+    router_z_loss_coef: float | int = 0.001
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_attention_experts is None:

@@ -61,6 +61,7 @@ class HostTests(
         config_class, options = super()._get_tiny_config()
         if self._testMethodName.startswith(SPLIT_BATCH_TESTS):
             options["router_aux_loss_coef"] = 0.0
+            options["router_z_loss_coef"] = 0.0
         return config_class, options
 
     def test_config(self) -> None:
