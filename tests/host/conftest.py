@@ -5,7 +5,9 @@ python -m pytest tests/host -rs                            everything, and every
 """
 
 import os
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[CHOSEN] = " ".join(config.getoption("--architecture") or [])
     try:
         os.environ[sdist.VARIABLE] = str(sdist.tests_folder())
-    except Exception as error:
+    except (OSError, ValueError, subprocess.SubprocessError, tarfile.TarError) as error:
         raise pytest.UsageError(f"No copy of transformers' own tests, and no way to download it: {error}") from error
     overlay = str(HERE / "overlay")
     sys.path.insert(0, overlay)

@@ -52,6 +52,7 @@ def _start_rank_processes(function: Callable[..., None], args: tuple = (), nproc
     ranks = torch.multiprocessing.start_processes(
         _run_single_threaded, args=(function, args), nprocs=nprocs, join=False, start_method="forkserver"
     )
+    assert ranks is not None, "only join=True returns nothing"
     deadline = time.monotonic() + PATIENCE
     while not ranks.join(timeout=max(0.0, deadline - time.monotonic())):
         if time.monotonic() > deadline:
