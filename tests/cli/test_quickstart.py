@@ -210,6 +210,11 @@ def test_data_dir_errors_name_what_is_expected(tmp_path: Path):
 def test_too_little_text_and_wrong_encoding(tmp_path: Path):
     with pytest.raises(ValueError, match=r"Domain 'law' has too little (training|held-out) text"):
         run(tmp_path / "out", data_dir=write_domains(tmp_path / "small", files=3, words=5))
+    same = write_domains(tmp_path / "same")
+    for file in (same / "law").iterdir():
+        file.write_text("the same law in every file\n" * 500)
+    with pytest.raises(ValueError, match="Domain 'law' has too little held-out text"):
+        run(tmp_path / "out", data_dir=same)
     data_dir = write_domains(tmp_path / "latin")
     (data_dir / "law" / "x.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(ValueError, match=r"x\.txt is not UTF-8 text"):

@@ -75,7 +75,10 @@ def build_corpus(documents: list[Document], vocab_size: int, window: int, held_o
     for kind, part in (("training", train_documents), ("held-out", held_out_documents)):
         for domain in domains:
             texts = [document.text for document in part if document.domain == domain]
-            packed[kind][domain] = check(pack(texts, tokenizer, window, f"{domain} ({kind})"), domain, kind, window)
+            rows = pack(texts, tokenizer, window, f"{domain} ({kind})") if texts else None
+            if rows is None or len(rows) == 0:
+                raise ValueError(too_little(domain, kind, window))
+            packed[kind][domain] = rows
     held_out = {domain: spread(rows, held_out_windows) for domain, rows in packed["held-out"].items()}
     return Corpus(tokenizer, packed["training"], held_out)
 
@@ -88,15 +91,13 @@ def head(documents: list[Document], domain: str, characters: int) -> Iterator[st
             yield document.text
 
 
-def check(rows: Dataset, domain: str, kind: str, window: int) -> Dataset:
-    """The rows, if there are any."""
-    if len(rows) == 0:
-        raise ValueError(
-            f"Domain {domain!r} has too little {kind} text: expected at least {window} tokens to train on and as many "
-            f"in other files to hold out ({HELD_OUT:.0%} of a domain; files that repeat each other stay together). "
-            "Add more *.txt files."
-        )
-    return rows
+def too_little(domain: str, kind: str, window: int) -> str:
+    """What to tell somebody whose domain does not fill a window."""
+    return (
+        f"Domain {domain!r} has too little {kind} text: expected at least {window} tokens to train on and as many in "
+        f"other files to hold out ({HELD_OUT:.0%} of a domain; files that repeat each other stay together). Add more "
+        "*.txt files."
+    )
 
 
 def spread(rows: Dataset, number: int) -> Dataset:
