@@ -66,15 +66,6 @@ VARIANTS = {  # options, and stacks of different blocks
     },
 }
 ROWS = {**PRODUCT, **VARIANTS}
-# every part at least once, for what costs a second or more
-COMPILED = [
-    "pre_norm-attention-top_k-swiglu",
-    "parallel-soft_mixture_of_attention-recurrent-latent",
-    "soft-shared-qk_norm",
-    "nope-hybrid",
-    "shared_expert-gated",
-]
-FEW = ["pre_norm-attention-top_k-swiglu", "parallel-soft_mixture_of_attention-recurrent-latent", *VARIANTS]
 
 
 def config(row: str, **overrides: Any) -> HfMoeConfig:

@@ -25,11 +25,6 @@ def model(request):
     return specs.build(request.param)
 
 
-@pytest.fixture(params=specs.FEW)
-def few(request):
-    return specs.build(request.param)
-
-
 def test_every_part_is_in_the_suite():
     def kinds(rows):
         return {row["type"] for row in rows.values()}
@@ -129,13 +124,13 @@ def test_attention_backends_agree(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True])
-def test_flex_attention_agrees(few, padded):
+def test_flex_attention_agrees(model, padded):
     mask = torch.ones_like(X)
     mask[1, :3] = 0 if padded else 1
-    expected = few(X, attention_mask=mask).logits[:, 3:]
-    few.set_attn_implementation("flex_attention")
+    expected = model(X, attention_mask=mask).logits[:, 3:]
+    model.set_attn_implementation("flex_attention")
     with torch.compiler.set_stance("force_eager"):  # compiling the kernel takes a minute on a CPU
-        close(few(X, attention_mask=mask).logits[:, 3:], expected)
+        close(model(X, attention_mask=mask).logits[:, 3:], expected)
 
 
 @torch.no_grad()
@@ -196,13 +191,13 @@ def test_autocast_trains(model):
     assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_lora(few, tmp_path):
+def test_lora(model, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    stacked = [n for n, p in few.named_parameters() if p.ndim == 3 and "experts" in n and "layers.0" in n]
-    base, expected = copy.deepcopy(few), few(X).logits.detach()
+    stacked = [n for n, p in model.named_parameters() if p.ndim == 3 and "experts" in n and "layers.0" in n]
+    base, expected = copy.deepcopy(model), model(X).logits.detach()
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], target_parameters=stacked, init_lora_weights=False)
-    adapted = get_peft_model(few, config)
+    adapted = get_peft_model(model, config)
     assert not torch.allclose(adapted(X).logits, expected, atol=1e-3)
     adapted(X, labels=X).loss.backward()
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
@@ -229,27 +224,27 @@ def test_generate(model):
 
 
 @torch.no_grad()
-def test_generate_beams_samples_and_looks_up(few):
+def test_generate_beams_samples_and_looks_up(model):
     beams = [
-        few.generate(X, max_new_tokens=5, num_beams=3, do_sample=False, use_cache=cached) for cached in (True, False)
+        model.generate(X, max_new_tokens=5, num_beams=3, do_sample=False, use_cache=cached) for cached in (True, False)
     ]
     assert torch.equal(*beams)
     samples = []
     for cached in (True, False):
         torch.manual_seed(0)
-        samples.append(few.generate(X, max_new_tokens=5, do_sample=True, use_cache=cached))
+        samples.append(model.generate(X, max_new_tokens=5, do_sample=True, use_cache=cached))
     assert torch.equal(*samples)
-    greedy = few.generate(X[:1], max_new_tokens=8, do_sample=False)
-    if "sliding_attention" not in few.config.layer_types:  # Transformers cannot crop a full sliding window
-        assert torch.equal(few.generate(X[:1], max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3), greedy)
-    static = few.generate(X[:1], max_new_tokens=8, do_sample=False, cache_implementation="static")
+    greedy = model.generate(X[:1], max_new_tokens=8, do_sample=False)
+    if "sliding_attention" not in model.config.layer_types:  # Transformers cannot crop a full sliding window
+        assert torch.equal(
+            model.generate(X[:1], max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3), greedy
+        )
+    static = model.generate(X[:1], max_new_tokens=8, do_sample=False, cache_implementation="static")
     assert torch.equal(static, greedy)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("row", specs.COMPILED)
-def test_compiles_in_one_graph(row):
-    model = specs.build(row)
+def test_compiles_in_one_graph(model):
     expected = model(X).logits
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")

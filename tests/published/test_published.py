@@ -41,7 +41,8 @@ def compare(model: PreTrainedModel, reference: Callable) -> None:
     torch.testing.assert_close(losses.double(), torch.stack([balance, z]), atol=1e-5, rtol=1e-5)
     direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ((outputs.logits[0] * direction).sum() + outputs.aux_loss).backward()
-    ((logits * direction).sum() + balance).backward()
+    ratio = model.config.router_z_loss_coef / model.config.router_aux_loss_coef
+    ((logits * direction).sum() + balance + ratio * z).backward()
     for name, parameter in model.named_parameters():
         expected = weights[name].grad if weights[name].grad is not None else torch.zeros_like(weights[name])
         torch.testing.assert_close(parameter.grad, expected, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
