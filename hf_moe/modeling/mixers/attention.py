@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..layers import RMSNorm, apply_rotary_pos_emb, eager_attention_forward
+from ..layers import RMSNorm, apply_rotary_pos_emb, attend
 from .base import Mixer
 
 
@@ -81,16 +80,5 @@ class Attention(Mixer):
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.flatten(2).contiguous()), weights
