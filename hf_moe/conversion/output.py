@@ -52,11 +52,13 @@ def check_output(path: str | Path, overwrite: bool = False, sources: Sequence[st
     """
     output = Path(path).expanduser().resolve()
     if output.exists() and not output.is_dir():
-        raise ValueError(f"{path} is a file; --output wants a folder")
+        raise ValueError(f"{path} is a file; the output must be a folder")
     if not output.is_dir() or not any(output.iterdir()):
         return output
     if not holds_model(output):
-        raise ValueError(f"{path} is not empty and holds no model: nothing there is touched, choose another --output")
+        raise ValueError(
+            f"{path} is not empty and holds no model: nothing there is touched, choose another output folder"
+        )
     if not overwrite:
         raise ValueError(f"{path} already holds a model; pass --overwrite (overwrite=True) to replace it")
     for kept in (Path.cwd(), Path.home(), *(Path(source).expanduser() for source in sources)):
