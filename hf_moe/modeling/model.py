@@ -112,19 +112,12 @@ class DecoderModel(DecoderPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
-        masks: Any = attention_mask
-        if not isinstance(masks, dict):
-            # before a cache is made: Transformers finds packed rows in position_ids only while there is none
-            masks = create_masks_for_generate(
-                self.config, inputs_embeds, attention_mask, past_key_values, position_ids
-            )
+        # before a cache is made: Transformers finds packed rows in position_ids only while there is none
+        masks = self.layer_masks(attention_mask, inputs_embeds, past_key_values, position_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-
-        output_router_logits = kwargs.pop("output_router_logits", self.config.output_router_logits)
-        context = RoutingContext(
-            self.shared, self.token_mask(attention_mask, inputs_embeds), self.training or bool(output_router_logits)
-        )
+        with_losses = self.training or bool(kwargs.pop("output_router_logits", self.config.output_router_logits))
+        context = RoutingContext(self.shared, self.token_mask(attention_mask, inputs_embeds), with_losses)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states, router_state, all_losses = inputs_embeds, None, []
         for layer, layer_type in zip(self.layers, self.config.layer_types):
@@ -147,6 +140,21 @@ class DecoderModel(DecoderPreTrainedModel):
             router_losses=router_losses,
             aux_loss=self.aux_loss(router_losses, inputs_embeds),
         )
+
+    def layer_masks(
+        self,
+        attention_mask: Any,
+        inputs_embeds: torch.Tensor,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor,
+    ) -> dict[str, Any]:
+        """One mask per layer type; `generate` with a static cache hands them over ready-made."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        masks: Any = create_masks_for_generate(
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids
+        )
+        return masks  # a dict, since our configs have `layer_types`
 
     @staticmethod
     def token_mask(attention_mask: Any, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
