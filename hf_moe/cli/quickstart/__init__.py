@@ -30,7 +30,7 @@ def quickstart(
 
         hf-moe quickstart
 
-        hf-moe quickstart --fast --output-dir /tmp/mixture
+        hf-moe quickstart --fast --output-dir mixture
 
         hf-moe quickstart --data-dir my_text --block-type parallel --seed 1   # my_text/law/*.txt, my_text/math/*.txt
     """
