@@ -41,9 +41,16 @@ class Plan:
         """Total and active parameters; active leaves out the experts that a token does not visit."""
         with torch.device("meta"):
             model = TARGETS[self.settings.target].model_class(copy.deepcopy(self.config))
-        total = sum(p.numel() for p in model.parameters())
-        routed = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
-        return total, total - routed + routed * self.settings.top_k // self.settings.num_experts
+        return count_parameters(model)
+
+
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """Total and active parameters: a token visits `num_experts_per_tok` of `num_experts` feed-forward experts."""
+    total = sum(p.numel() for p in model.parameters())
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
+    if not routed:
+        return total, total
+    return total, total - routed + routed * model.config.num_experts_per_tok // model.config.num_experts
 
 
 def upcycle(

@@ -90,18 +90,9 @@ class SparseMoe(FeedForward):
 
     @classmethod
     def check(cls, config: Any, **options: Any) -> None:
-        num_experts, top_k = options["num_experts"], options["router"].get("top_k", 1)
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(
-                f"num_experts_per_tok (a router's top_k) is {top_k}; with num_experts={num_experts} it must be 1 to "
-                f"{num_experts}."
-            )
-        per_group = options["experts"].get("experts_per_group", 1)
-        if per_group < 1 or num_experts % per_group:
-            valid = [size for size in range(1, num_experts + 1) if num_experts % size == 0]
-            raise ValueError(
-                f"experts_per_group={per_group} does not divide num_experts={num_experts}; use one of {valid}."
-            )
+        router, experts = options["router"], options["experts"]
+        ROUTERS[router["type"]].check_number(options["num_experts"], router)
+        EXPERTS[experts["type"]].check_number(options["num_experts"], experts)
         if options["shared_gate"] and not options["shared_intermediate_size"]:
             raise ValueError("shared_gate=True needs a shared expert: set shared_intermediate_size.")
 

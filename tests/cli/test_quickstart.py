@@ -15,8 +15,9 @@ import hf_moe
 from hf_moe.cli.quickstart import quickstart
 from hf_moe.cli.quickstart.documents import Document, collect, groups, sizes, split, split_docstrings
 from hf_moe.cli.quickstart.report import MIXTURES, Report, Row
-from hf_moe.cli.quickstart.stages import FAST, count_parameters, dense_seed, mixture, perplexities, soup
+from hf_moe.cli.quickstart.stages import FAST, dense_seed, mixture, perplexities, soup
 from hf_moe.cli.quickstart.tokens import Corpus, build_corpus, sample
+from hf_moe.conversion import count_parameters
 
 WORDS = {"law": "court judge appeal contract clause", "maths": "proof lemma theorem field ring"}
 

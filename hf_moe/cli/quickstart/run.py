@@ -10,12 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from ...conversion import atomic_directory
+from ...conversion import atomic_directory, count_parameters
 from .documents import collect
 from .report import MIXTURES, Report, Row
 from .stages import (
     Recipe,
-    count_parameters,
     dense_seed,
     even_rows,
     join,

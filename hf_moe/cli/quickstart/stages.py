@@ -172,12 +172,3 @@ def perplexities(model: PreTrainedModel, corpus: Corpus, batch_size: int = 16) -
             count += ids[:, 1:].numel()
         result[domain] = math.exp(total / count)
     return result
-
-
-def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """Total and active parameters: a token visits `num_experts_per_tok` of `num_experts` feed-forward experts."""
-    total = sum(p.numel() for p in model.parameters())
-    routed = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
-    if not routed:
-        return total, total
-    return total, total - routed + routed * model.config.num_experts_per_tok // model.config.num_experts

@@ -14,6 +14,10 @@ class Experts(Part):
     per_expert_names: ClassVar[dict[str, tuple[str, ...]]] = {}  # stacked parameter -> its per-expert tensors on disk
     num_experts: int
 
+    @classmethod
+    def check_number(cls, num_experts: int, spec: dict[str, Any]) -> None:
+        """Raise `ValueError` if there cannot be so many experts with the options in `spec`."""
+
     def __init__(self) -> None:
         super().__init__()
         self.register_load_state_dict_pre_hook(stack_per_expert_tensors)

@@ -54,6 +54,15 @@ class Latent(Experts):
         self.down_latent_proj = nn.Parameter(torch.empty(groups, width, latent_size)) if factorize_down else None
         self.act_fn = ACT2FN[config.hidden_act]
 
+    @classmethod
+    def check_number(cls, num_experts: int, spec: dict[str, Any]) -> None:
+        per_group = spec["experts_per_group"]
+        if per_group < 1 or num_experts % per_group:
+            valid = [size for size in range(1, num_experts + 1) if num_experts % size == 0]
+            raise ValueError(
+                f"experts_per_group={per_group} does not divide num_experts={num_experts}; use one of {valid}."
+            )
+
     def init_weights(self, std: float) -> None:
         for parameter in self.parameters(recurse=False):
             init.normal_(parameter, std=std)

@@ -45,6 +45,16 @@ class Router(Part):
         super().__init__()
         self.num_experts = num_experts
 
+    @classmethod
+    def check_number(cls, num_experts: int, spec: dict[str, Any]) -> None:
+        """Raise `ValueError` if this router, with the options in `spec`, cannot choose among so many experts."""
+        top_k = spec.get("top_k", 1)
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(
+                f"num_experts_per_tok (a router's top_k) is {top_k}; with num_experts={num_experts} it must be 1 to "
+                f"{num_experts}."
+            )
+
     def forward(
         self, tokens: torch.Tensor, state: torch.Tensor | None = None, context: RoutingContext = NO_CONTEXT
     ) -> Routing:
