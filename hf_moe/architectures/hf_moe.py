@@ -50,7 +50,7 @@ class HfMoeConfig(DecoderConfig):
     def sparse_blocks(self) -> list[dict[str, Any]]:
         """The blocks that route, in the order of the pattern."""
         used = [self.blocks[name] for name in self.block_pattern]  # pyright: ignore - filled by __post_init__
-        return [block for block in used if block["feed_forward"]["type"] == "moe"]
+        return [block for block in used if block.get("feed_forward", {}).get("type") == "moe"]
 
 
 HfMoeModel, HfMoeForCausalLM, HfMoeForSequenceClassification, HfMoeForTokenClassification = model_classes(

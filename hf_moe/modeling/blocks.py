@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .context import NO_CONTEXT, ForwardContext
 from .feed_forward import FEED_FORWARDS, FeedForwardOutput
 from .layers import RMSNorm
 from .mixers import MIXERS
 from .parts import Part, Slot, build
-from .routers import NO_CONTEXT, RoutingContext
 
 
 class Block(GradientCheckpointingLayer, Part):
@@ -22,10 +22,9 @@ class Block(GradientCheckpointingLayer, Part):
 
     slots = {"mixer": Slot("self_attn", MIXERS), "feed_forward": Slot("mlp", FEED_FORWARDS)}
 
-    def __init__(self, config: Any, layer_idx: int, *, mixer: dict[str, Any], feed_forward: dict[str, Any]) -> None:
+    def __init__(self, config: Any, layer_idx: int, mixer: dict[str, Any]) -> None:
         super().__init__()
         self.self_attn = build(MIXERS, mixer, config, layer_idx)
-        self.mlp = build(FEED_FORWARDS, feed_forward, config, layer_idx)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
@@ -33,7 +32,7 @@ class Block(GradientCheckpointingLayer, Part):
         hidden_states: torch.Tensor,
         router_state: torch.Tensor | None = None,
         *,
-        context: RoutingContext = NO_CONTEXT,
+        context: ForwardContext = NO_CONTEXT,
         **mixer_inputs: Any,
     ) -> FeedForwardOutput:
         raise NotImplementedError
@@ -43,7 +42,8 @@ class PreNorm(Block):
     """`x + mixer(norm(x))`, then `x + feed_forward(norm(x))`: Llama, Mixtral, Qwen3."""
 
     def __init__(self, config: Any, layer_idx: int, *, mixer: dict[str, Any], feed_forward: dict[str, Any]) -> None:
-        super().__init__(config, layer_idx, mixer=mixer, feed_forward=feed_forward)
+        super().__init__(config, layer_idx, mixer)
+        self.mlp = build(FEED_FORWARDS, feed_forward, config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
@@ -51,33 +51,63 @@ class PreNorm(Block):
         hidden_states: torch.Tensor,
         router_state: torch.Tensor | None = None,
         *,
-        context: RoutingContext = NO_CONTEXT,
+        context: ForwardContext = NO_CONTEXT,
         **mixer_inputs: Any,
     ) -> FeedForwardOutput:
-        mixed, _ = self.self_attn(self.input_layernorm(hidden_states), **mixer_inputs)
+        mixed, _, mixer_losses = self.self_attn(self.input_layernorm(hidden_states), context=context, **mixer_inputs)
         hidden_states = hidden_states + mixed
         output, router_state, losses = self.mlp(self.post_attention_layernorm(hidden_states), router_state, context)
-        return hidden_states + output, router_state, losses
+        return hidden_states + output, router_state, total(mixer_losses, losses)
 
 
 class Parallel(Block):
     """`x + mixer(norm(x)) + feed_forward(norm(x))`: both read one normed input (PaLM, GPT-J, BAM)."""
+
+    def __init__(self, config: Any, layer_idx: int, *, mixer: dict[str, Any], feed_forward: dict[str, Any]) -> None:
+        super().__init__(config, layer_idx, mixer)
+        self.mlp = build(FEED_FORWARDS, feed_forward, config, layer_idx)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         router_state: torch.Tensor | None = None,
         *,
-        context: RoutingContext = NO_CONTEXT,
+        context: ForwardContext = NO_CONTEXT,
         **mixer_inputs: Any,
     ) -> FeedForwardOutput:
         normed = self.input_layernorm(hidden_states)
-        mixed, _ = self.self_attn(normed, **mixer_inputs)
+        mixed, _, mixer_losses = self.self_attn(normed, context=context, **mixer_inputs)
         output, router_state, losses = self.mlp(normed, router_state, context)
-        return hidden_states + mixed + output, router_state, losses
+        return hidden_states + mixed + output, router_state, total(mixer_losses, losses)
+
+
+class MixerOnly(Block):
+    """`x + mixer(norm(x))`: a layer without feed-forward, for stacks such as Hunyuan-TurboS' attention-Mamba-FFN."""
+
+    slots = {"mixer": Slot("self_attn", MIXERS)}
+
+    def __init__(self, config: Any, layer_idx: int, *, mixer: dict[str, Any]) -> None:
+        super().__init__(config, layer_idx, mixer)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        router_state: torch.Tensor | None = None,
+        *,
+        context: ForwardContext = NO_CONTEXT,
+        **mixer_inputs: Any,
+    ) -> FeedForwardOutput:
+        mixed, _, losses = self.self_attn(self.input_layernorm(hidden_states), context=context, **mixer_inputs)
+        return hidden_states + mixed, router_state, losses
+
+
+def total(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
+    """The balance losses of both halves of a block."""
+    return first + second if first is not None and second is not None else second if first is None else first
 
 
 BLOCKS: dict[str, type[Block]] = {
     "pre_norm": PreNorm,
     "parallel": Parallel,
+    "mixer_only": MixerOnly,
 }

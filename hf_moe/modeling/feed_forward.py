@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from .context import NO_CONTEXT, ForwardContext
 from .experts import EXPERTS
 from .parts import Part, Slot, build
-from .routers import NO_CONTEXT, ROUTERS, RoutingContext
+from .routers import ROUTERS
 
 FeedForwardOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
@@ -23,7 +24,7 @@ class FeedForward(Part):
         self,
         hidden_states: torch.Tensor,
         router_state: torch.Tensor | None = None,
-        context: RoutingContext = NO_CONTEXT,
+        context: ForwardContext = NO_CONTEXT,
     ) -> FeedForwardOutput:
         raise NotImplementedError
 
@@ -44,7 +45,7 @@ class Mlp(FeedForward):
         self,
         hidden_states: torch.Tensor,
         router_state: torch.Tensor | None = None,
-        context: RoutingContext = NO_CONTEXT,
+        context: ForwardContext = NO_CONTEXT,
     ) -> FeedForwardOutput:
         hidden = self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
         return self.down_proj(hidden), router_state, None
@@ -100,7 +101,7 @@ class SparseMoe(FeedForward):
         self,
         hidden_states: torch.Tensor,
         router_state: torch.Tensor | None = None,
-        context: RoutingContext = NO_CONTEXT,
+        context: ForwardContext = NO_CONTEXT,
     ) -> FeedForwardOutput:
         tokens = hidden_states.flatten(0, -2)  # (N, D)
         routing = self.gate(tokens, router_state, context)

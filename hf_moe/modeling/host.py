@@ -45,7 +45,7 @@ def register_checkpoint_layout(config_class: type[DecoderConfig]) -> None:
     In memory they are stacked; `from_pretrained` accepts both layouts, `save_pretrained(save_original_format=False)`
     writes the stacked one.
     """
-    feed_forwards = [block["feed_forward"] for block in config_class().blocks.values()]
+    feed_forwards = [block["feed_forward"] for block in config_class().blocks.values() if "feed_forward" in block]
     kinds = [feed_forward["experts"]["type"] for feed_forward in feed_forwards if "experts" in feed_forward]
     converters = []
     for kind in kinds or EXPERTS:  # a free composition may hold any

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import create_masks_for_generate, packed_sequence_mask_function
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -20,11 +20,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .blocks import BLOCKS, Block
 from .configuration import DecoderConfig
+from .context import ForwardContext
 from .layers import RMSNorm, RotaryEmbedding
 from .losses import RouterLogits, share_of_labels
 from .mixers import Mixer
+from .packing import check_flash, find_segments, padding_mask, positions_of
 from .parts import Part, build
-from .routers import Router, RoutingContext
+from .routers import Router
 
 
 @dataclass
@@ -109,15 +111,17 @@ class DecoderModel(DecoderPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
+        segments = find_segments(inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
-        # before a cache is made: Transformers finds packed rows in position_ids only while there is none
-        masks = self.layer_masks(attention_mask, inputs_embeds, past_key_values, position_ids)
-        if use_cache and past_key_values is None:
+            position_ids = positions_of(segments, inputs_embeds, past_key_values)
+        if segments is not None and "flash" in self.config._attn_implementation:
+            check_flash(attention_mask, segments, "cu_seq_lens_q" in kwargs)
+            attention_mask = None
+        masks = self.layer_masks(attention_mask, inputs_embeds, past_key_values, position_ids, segments)
+        if use_cache and past_key_values is None and segments is None:  # packed rows cannot be continued
             past_key_values = DynamicCache(config=self.config)
         with_losses = self.training or bool(kwargs.pop("output_router_logits", self.config.output_router_logits))
-        context = RoutingContext(self.shared, self.token_mask(attention_mask, inputs_embeds), with_losses)
+        context = ForwardContext(self.shared, self.token_mask(attention_mask, inputs_embeds), with_losses, segments)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states, router_state, all_losses = inputs_embeds, None, []
         for layer, layer_type in zip(self.layers, self.config.layer_types):
@@ -147,21 +151,22 @@ class DecoderModel(DecoderPreTrainedModel):
         inputs_embeds: torch.Tensor,
         past_key_values: Cache | None,
         position_ids: torch.Tensor,
+        segments: torch.Tensor | None,
     ) -> dict[str, Any]:
         """One mask per layer type; `generate` with a static cache hands them over ready-made."""
         if isinstance(attention_mask, dict):
             return attention_mask
+        packed = {} if segments is None else {"and_mask_function": packed_sequence_mask_function(segments)}
         masks: Any = create_masks_for_generate(
-            self.config, inputs_embeds, attention_mask, past_key_values, position_ids
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, **packed
         )
         return masks  # a dict, since our configs have `layer_types`
 
     @staticmethod
     def token_mask(attention_mask: Any, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
         """(N,) which tokens of this forward are real; None where only masks per layer type are known."""
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-            return None
-        return attention_mask[:, -inputs_embeds.shape[1] :].flatten().bool()
+        mask = padding_mask(attention_mask, inputs_embeds.shape[1])
+        return None if mask is None else mask.flatten()
 
     def aux_loss(self, router_losses: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """The scalar that `router_aux_loss_coef` multiplies: Switch loss, plus the z-loss at its ratio to it."""

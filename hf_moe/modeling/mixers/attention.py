@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ..layers import RMSNorm, apply_rotary_pos_emb, attend
-from .base import Mixer
+from ..context import NO_CONTEXT, ForwardContext
+from ..layers import RMSNorm, attend, rotary_embedding, rotary_width, rotate
+from .base import Mixer, MixerOutput
 
 
 class Attention(Mixer):
@@ -22,6 +23,7 @@ class Attention(Mixer):
         output_bias: a bias on the output projection.
         sliding: attend to the last `config.sliding_window` tokens only.
         rotary: rotate queries and keys by position; False is NoPE.
+        partial_rotary_factor: share of each head that is rotated, from its first entry on (MiniMax: 0.5).
     """
 
     tp_plan = {
@@ -40,6 +42,7 @@ class Attention(Mixer):
         output_bias: bool = False,
         sliding: bool = False,
         rotary: bool = True,
+        partial_rotary_factor: float = 1.0,
     ) -> None:
         super().__init__()
         self.config, self.layer_idx, self.is_causal, self.rotary = config, layer_idx, True, rotary
@@ -48,6 +51,7 @@ class Attention(Mixer):
         self.attention_dropout = config.attention_dropout
         self.sliding_window = config.sliding_window if sliding else None
         width, key_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.rotary_emb = rotary_embedding(config, rotary_width(config.head_dim, partial_rotary_factor))
         self.q_proj = nn.Linear(config.hidden_size, width, bias=qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=qkv_bias)
@@ -60,7 +64,10 @@ class Attention(Mixer):
         return "sliding_attention" if spec.get("sliding", False) else "full_attention"
 
     @classmethod
-    def check(cls, config: Any, *, sliding: bool, **options: Any) -> None:
+    def check(cls, config: Any, *, sliding: bool, rotary: bool, partial_rotary_factor: float, **options: Any) -> None:
+        rotary_width(config.head_dim, partial_rotary_factor)
+        if partial_rotary_factor != 1 and not rotary:
+            raise ValueError("partial_rotary_factor has no effect with rotary=False; drop one of them.")
         if sliding and not config.sliding_window:
             raise ValueError("A mixer with sliding=True needs `sliding_window` set on the config, e.g. 4096.")
 
@@ -70,15 +77,18 @@ class Attention(Mixer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        context: ForwardContext = NO_CONTEXT,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> MixerOutput:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)  # (B, H, T, d)
         key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if self.rotary_emb is not None:
+            position_embeddings = self.rotary_emb(hidden_states, kwargs["position_ids"])
         if self.rotary:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            query, key = rotate(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = attend(self, query, key, value, attention_mask, **kwargs)
-        return self.o_proj(output.flatten(2).contiguous()), weights
+        return self.o_proj(output.flatten(2).contiguous()), weights, None

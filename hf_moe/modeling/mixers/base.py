@@ -5,11 +5,17 @@ from typing import Any, ClassVar
 import torch
 from transformers.cache_utils import Cache
 
+from ..context import NO_CONTEXT, ForwardContext
 from ..parts import Part
+
+MixerOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class Mixer(Part):
-    """Mixes tokens: `forward(hidden_states (B, T, D), ...) -> (output (B, T, D), attention weights or None)`."""
+    """Mixes tokens: `forward(hidden_states (B, T, D), ...) -> (output (B, T, D), attention weights, losses (2,))`.
+
+    Attention weights are None where the kernel makes none, balance losses where nothing is routed or nobody asked.
+    """
 
     layer_type: ClassVar[str] = "full_attention"  # which Transformers cache and mask it uses
 
@@ -24,6 +30,7 @@ class Mixer(Part):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        context: ForwardContext = NO_CONTEXT,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> MixerOutput:
         raise NotImplementedError

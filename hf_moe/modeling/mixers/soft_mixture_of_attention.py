@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..context import NO_CONTEXT, ForwardContext
 from ..layers import RMSNorm, apply_rotary_pos_emb, attend
 from ..routers import Soft
-from .base import Mixer
+from .base import Mixer, MixerOutput
 
 
 class SoftMixtureOfAttention(Mixer):
@@ -78,8 +79,9 @@ class SoftMixtureOfAttention(Mixer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        context: ForwardContext = NO_CONTEXT,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> MixerOutput:
         batch, time, _ = hidden_states.shape
         experts = (batch, time, self.num_experts, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(experts))  # (B, T, E, H, d)
@@ -92,7 +94,7 @@ class SoftMixtureOfAttention(Mixer):
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         gates = self.gate(hidden_states.flatten(0, 1)).weights.view(batch, time, self.num_experts, 1, 1)
-        return self.o_proj((self.unfold(output) * gates).flatten(2)), weights
+        return self.o_proj((self.unfold(output) * gates).flatten(2)), weights, None
 
     def fold(self, query: torch.Tensor) -> torch.Tensor:
         """(B, T, E, H, d) -> (B, E H, T, d), with the query heads that read one key head next to each other."""

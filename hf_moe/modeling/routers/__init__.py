@@ -1,6 +1,6 @@
 """Routers: which experts see which tokens."""
 
-from .base import NO_CONTEXT, Router, Routing, RoutingContext
+from .base import Router, Routing
 from .recurrent import Recurrent
 from .soft import Soft
 from .top_k import TopK

@@ -1,11 +1,10 @@
 """What every router promises. Letters: N tokens, D width, E experts, K chosen experts per token."""
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
+from ..context import NO_CONTEXT, ForwardContext
 from ..losses import router_z_loss, switch_loss
 from ..parts import Part
 
@@ -17,21 +16,6 @@ class Routing(NamedTuple):
     weights: torch.Tensor  # (N, K) combine weights; an unused slot has weight 0
     indices: torch.Tensor  # (N, K)
     state: torch.Tensor | None = None  # what the next layer's router receives, with its gradient
-
-
-@dataclass(frozen=True)
-class RoutingContext:
-    """What the routers of one forward pass share.
-
-    No tuple: accelerate would look into it and move the shared modules from device to device with every layer.
-    """
-
-    shared: nn.ModuleDict | None = None  # modules that are one object over the whole depth
-    token_mask: torch.Tensor | None = None  # (N,) False for padding; None if there is none
-    losses: bool = False  # whether the balance losses are wanted
-
-
-NO_CONTEXT = RoutingContext()
 
 
 class Router(Part):
@@ -56,7 +40,7 @@ class Router(Part):
             )
 
     def forward(
-        self, tokens: torch.Tensor, state: torch.Tensor | None = None, context: RoutingContext = NO_CONTEXT
+        self, tokens: torch.Tensor, state: torch.Tensor | None = None, context: ForwardContext = NO_CONTEXT
     ) -> Routing:
         raise NotImplementedError
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from ..context import NO_CONTEXT, ForwardContext
 from ..parts import Part
-from .base import NO_CONTEXT, Router, Routing, RoutingContext
+from .base import Router, Routing
 
 CELLS = {"gru": nn.GRUCell, "rnn": nn.RNNCell, "lstm": nn.LSTMCell}
 
@@ -97,7 +98,7 @@ class Recurrent(Router):
         return {"router_cell": RouterCell(cell, state_size)}
 
     def forward(
-        self, tokens: torch.Tensor, state: torch.Tensor | None = None, context: RoutingContext = NO_CONTEXT
+        self, tokens: torch.Tensor, state: torch.Tensor | None = None, context: ForwardContext = NO_CONTEXT
     ) -> Routing:
         assert context.shared is not None, "the decoder hands over the cell"
         with torch.autocast(tokens.device.type, enabled=False):  # a state rounded at every layer would drift

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .base import NO_CONTEXT, Router, Routing, RoutingContext
+from ..context import NO_CONTEXT, ForwardContext
+from .base import Router, Routing
 
 
 class Soft(Router):
@@ -22,7 +23,7 @@ class Soft(Router):
         init.normal_(self.weight, std=std)
 
     def forward(
-        self, tokens: torch.Tensor, state: torch.Tensor | None = None, context: RoutingContext = NO_CONTEXT
+        self, tokens: torch.Tensor, state: torch.Tensor | None = None, context: ForwardContext = NO_CONTEXT
     ) -> Routing:
         logits = F.linear(tokens, self.weight)
         indices = torch.arange(self.num_experts, device=tokens.device).expand(tokens.shape[0], -1)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from .base import NO_CONTEXT, Router, Routing, RoutingContext
+from ..context import NO_CONTEXT, ForwardContext
+from .base import Router, Routing
 
 SCORINGS = ("softmax", "softmax_selected")
 
@@ -47,7 +48,7 @@ class TopK(Router):
         init.normal_(self.weight, std=std)
 
     def forward(
-        self, tokens: torch.Tensor, state: torch.Tensor | None = None, context: RoutingContext = NO_CONTEXT
+        self, tokens: torch.Tensor, state: torch.Tensor | None = None, context: ForwardContext = NO_CONTEXT
     ) -> Routing:
         logits = F.linear(tokens, self.weight)
         if self.scoring == "softmax_selected":
