@@ -113,7 +113,9 @@ def plan_upcycling(given: SourceLike | Sequence[SourceLike], options: Options) -
     settings = settle(options, len(sources))
     dense = check_alike(sources)
     if options.block_type not in (None, dense.block_type):
-        choose("block_type", options.block_type, BLOCKS)
+        choose(
+            "block_type", options.block_type, [name for name, block in BLOCKS.items() if "feed_forward" in block.slots]
+        )
         raise ValueError(
             f"block_type={options.block_type!r}, but the sources have {dense.block_type!r} blocks and keep them:"
             " the other layout would compute something else"

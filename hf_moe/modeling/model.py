@@ -24,7 +24,7 @@ from .context import ForwardContext
 from .layers import RMSNorm, RotaryEmbedding
 from .losses import RouterLogits, share_of_labels
 from .mixers import Mixer
-from .packing import check_flash, find_segments, padding_mask, positions_of
+from .packing import check_flash, check_window, find_segments, padding_mask, positions_of
 from .parts import Part, build
 from .routers import Router
 
@@ -156,6 +156,8 @@ class DecoderModel(DecoderPreTrainedModel):
         """One mask per layer type; `generate` with a static cache hands them over ready-made."""
         if isinstance(attention_mask, dict):
             return attention_mask
+        if past_key_values is not None and "sliding_attention" in self.config.layer_types:
+            check_window(attention_mask, self.config.sliding_window)
         packed = {} if segments is None else {"and_mask_function": packed_sequence_mask_function(segments)}
         masks: Any = create_masks_for_generate(
             self.config, inputs_embeds, attention_mask, past_key_values, position_ids, **packed

@@ -138,3 +138,20 @@ def check_flash(attention_mask: Any, segments: torch.Tensor, has_lengths: bool) 
             "Flash attention cannot keep packed sequences apart in rows with padding, nor in several rows without "
             "`cu_seq_lens_q`: pack everything into one row, or load the model with attn_implementation='sdpa'."
         )
+
+
+def check_window(attention_mask: Any, sliding_window: int) -> None:
+    """A sliding cache keeps the last columns, whatever stands in them.
+
+    Raises:
+        ValueError: padding between the real tokens of a row would push real tokens out of the window.
+    """
+    if padding_mask(attention_mask, 1) is None or attention_mask.shape[1] <= sliding_window or is_compiling():
+        return
+    real = attention_mask.bool()
+    padding = ~real & (real.cumsum(1) > 0)
+    if (real & (padding.cumsum(1) > 0)).any():
+        raise ValueError(
+            "Sliding-window attention cannot continue rows that are padded on the right: pad the prompts on the left "
+            "(tokenizer.padding_side = 'left')."
+        )

@@ -9,6 +9,12 @@ from hf_moe import HfMoeConfig, HfMoeForCausalLM
 
 MIXERS: dict[str, dict[str, Any]] = {
     "attention": {"type": "attention"},
+    "mixture_of_attention": {
+        "type": "mixture_of_attention",
+        "num_experts": 4,
+        "heads_per_expert": 2,
+        "router": {"type": "top_k", "top_k": 2},
+    },
     "soft_mixture_of_attention": {"type": "soft_mixture_of_attention", "num_experts": 3},
 }
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -20,7 +26,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "swiglu": {"type": "swiglu", "intermediate_size": 16},
     "latent": {"type": "latent", "intermediate_size": 16, "latent_size": 8, "experts_per_group": 2},
 }
-BLOCKS = ("pre_norm", "parallel")
+BLOCKS = ("pre_norm", "parallel")  # with both halves; `mixer_only` stands among the variants
 
 
 def moe(router: str = "top_k", experts: str = "swiglu", **options: Any) -> dict[str, Any]:
@@ -35,15 +41,16 @@ def block(mixer: dict[str, Any], feed_forward: dict[str, Any], kind: str = "pre_
 
 ATTENTION = MIXERS["attention"]
 SOFT_ATTENTION = MIXERS["soft_mixture_of_attention"]
-PRODUCT = {
-    f"{kind}-{mixer}-{router}-{experts}": {"b": block(MIXERS[mixer], moe(router, experts), kind)}
-    for kind, mixer, router, experts in itertools.product(BLOCKS, MIXERS, ROUTERS, EXPERTS)
-}
+MLP = {"type": "mlp", "intermediate_size": 48}
+PRODUCT = {}  # every mixer with every router; blocks and experts take turns, so that they meet every mixer too
+for number, (mixer, router) in enumerate(itertools.product(MIXERS, ROUTERS)):
+    kind, experts = BLOCKS[number % len(BLOCKS)], list(EXPERTS)[number // len(BLOCKS) % len(EXPERTS)]
+    PRODUCT[f"{kind}-{mixer}-{router}-{experts}"] = {"b": block(MIXERS[mixer], moe(router, experts), kind)}
 VARIANTS = {  # options, and stacks of different blocks
     "dense": {"b": block(ATTENTION, {"type": "mlp", "intermediate_size": 48})},
     "qk_norm-biases": {"b": block({**ATTENTION, "qk_norm": True, "qkv_bias": True, "output_bias": True}, moe())},
     "sliding": {"b": block({**ATTENTION, "sliding": True}, moe())},
-    "nope-hybrid": {
+    "hybrid-sliding-nope": {
         "a": block({**ATTENTION, "sliding": True}, moe()),
         "b": block({**ATTENTION, "rotary": False}, moe()),
     },
@@ -66,6 +73,9 @@ VARIANTS = {  # options, and stacks of different blocks
     },
 }
 ROWS = {**PRODUCT, **VARIANTS}
+# for what depends on the mixers alone: each by itself, and the stacks of several
+MIXER_ROWS = {f"only-{name}": {"b": block(mixer, MLP)} for name, mixer in MIXERS.items()}
+MIXER_ROWS |= {name: row for name, row in VARIANTS.items() if name.startswith("hybrid")}
 
 
 def config(row: str, **overrides: Any) -> HfMoeConfig:
@@ -82,7 +92,7 @@ def config(row: str, **overrides: Any) -> HfMoeConfig:
         "eos_token_id": None,
         "initializer_range": 0.2,
     }
-    return HfMoeConfig(**{**sizes, "blocks": ROWS[row], **overrides})
+    return HfMoeConfig(**{**sizes, "blocks": {**ROWS, **MIXER_ROWS}[row], **overrides})
 
 
 def build(row: str, seed: int = 0, **overrides: Any) -> HfMoeForCausalLM:
@@ -94,3 +104,8 @@ def build(row: str, seed: int = 0, **overrides: Any) -> HfMoeForCausalLM:
 def tokens(rows: int = 2, length: int = 10, seed: int = 0) -> torch.Tensor:
     """(rows, length) ids without the padding id."""
     return torch.randint(1, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
+    """The same up to rounding in float32."""
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)

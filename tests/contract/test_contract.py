@@ -12,12 +12,9 @@ import hf_moe
 
 sys.path.insert(0, str(Path(__file__).parent))
 import specs
+from specs import close
 
 X = specs.tokens()
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 @pytest.fixture(params=specs.ROWS)
@@ -32,10 +29,9 @@ def test_every_part_is_in_the_suite():
     assert kinds(specs.MIXERS) == hf_moe.MIXERS.keys()
     assert kinds(specs.ROUTERS) == hf_moe.ROUTERS.keys()
     assert kinds(specs.EXPERTS) == hf_moe.EXPERTS.keys()
-    assert set(specs.BLOCKS) == hf_moe.BLOCKS.keys()
-    assert {spec["feed_forward"]["type"] for row in specs.ROWS.values() for spec in row.values()} == set(
-        hf_moe.FEED_FORWARDS
-    )
+    blocks = [block for row in specs.ROWS.values() for block in row.values()]
+    assert kinds(dict(enumerate(blocks))) == hf_moe.BLOCKS.keys()
+    assert {block["feed_forward"]["type"] for block in blocks if "feed_forward" in block} == set(hf_moe.FEED_FORWARDS)
 
 
 @torch.no_grad()
@@ -72,7 +68,7 @@ def test_right_padding_then_decoding(model):
     mask = (torch.arange(10) < lengths[:, None]).long()
     model(X * mask, attention_mask=mask, past_key_values=cache, use_cache=True)
     if "sliding_attention" in model.config.layer_types:
-        pytest.skip("a sliding cache keeps the last columns, padding included: Transformers' own layer does too")
+        pytest.skip("refused, which the cache battery tests")
     token, mask = torch.tensor([[7], [9]]), torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
     logits = model(
         token, attention_mask=mask, past_key_values=cache, position_ids=lengths[:, None], use_cache=True
@@ -85,23 +81,6 @@ def test_right_padding_then_decoding(model):
 @torch.no_grad()
 def test_batch_equals_single(model):
     close(torch.cat([model(row[None]).logits for row in X]), model(X).logits)
-
-
-def test_packed_rows_equal_separate_ones(model):
-    """Two sequences in one row, told apart by `position_ids` alone: same logits, same gradient."""
-    first, second = X[:1, :6], X[1:, :4]
-    position_ids = torch.cat([torch.arange(6), torch.arange(4)])[None]
-    packed = model(torch.cat([first, second], 1), position_ids=position_ids).logits
-    apart = torch.cat([model(first).logits, model(second).logits], 1)
-    close(packed, apart)
-    packed.square().sum().backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    model(first).logits.square().sum().backward()
-    model(second).logits.square().sum().backward()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-2, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -196,7 +175,10 @@ def test_lora(model, tmp_path):
 
     stacked = [n for n, p in model.named_parameters() if p.ndim == 3 and "experts" in n and "layers.0" in n]
     base, expected = copy.deepcopy(model), model(X).logits.detach()
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], target_parameters=stacked, init_lora_weights=False)
+    linear = {
+        n.split(".")[-1] for n, m in model.named_modules() if "self_attn" in n and isinstance(m, torch.nn.Linear)
+    }
+    config = LoraConfig(r=2, target_modules=linear, target_parameters=stacked, init_lora_weights=False)
     adapted = get_peft_model(model, config)
     assert not torch.allclose(adapted(X).logits, expected, atol=1e-3)
     adapted(X, labels=X).loss.backward()
@@ -266,7 +248,7 @@ def test_sequence_classification(model):
 
 
 def test_router_outputs(model):
-    sparse = [layer for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    sparse = [layer for layer in model.model.layers if hasattr(getattr(layer, "mlp", None), "gate")]
     outputs = model(X, output_router_logits=True, output_hidden_states=True)
     assert len(outputs.router_logits) == len(sparse) and len(outputs.hidden_states) == 3
     assert all(logits.shape == (20, 4) for logits in outputs.router_logits)

@@ -6,6 +6,7 @@ from transformers import DynamicCache, PreTrainedConfig, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
 from hf_moe.modeling.cache import RecurrentLayer
+from hf_moe.modeling.packing import Rows
 
 
 class RecurrentConfig(PreTrainedConfig):
@@ -24,24 +25,38 @@ def cache(request):
     return request.param(config=RecurrentConfig())
 
 
-def test_it_keeps_its_state_and_counts(cache):
+def store(cache, layer: int, *states: torch.Tensor, time: int = 1) -> None:
+    """What a mixer does after a pass over `time` tokens."""
+    cache.layers[layer].store(states, (torch.zeros(states[0].shape[0], time, 4), Rows()))
+
+
+def test_it_keeps_its_states_and_counts(cache):
     assert all(isinstance(layer, RecurrentLayer) for layer in cache.layers)
-    assert cache.get_seq_length() == 0 and cache.get_recurrent_state(0) is None
-    first = torch.randn(2, 3, 4)
+    assert cache.get_seq_length() == 0 and cache.layers[0].states == () and not cache.has_previous_state(0)
+    first, second = torch.randn(2, 3, 4), torch.randn(2, 5)
     for layer in range(2):
-        cache.update_recurrent_state(first + layer, layer, num_tokens=5)
-    assert cache.get_seq_length() == 5 and torch.equal(cache.get_recurrent_state(1), first + 1)
-    cache.update_recurrent_state(first * 2, 0, num_tokens=1)
+        store(cache, layer, first + layer, second, time=5)
+    assert cache.get_seq_length() == 5 and cache.has_previous_state(1)
+    assert torch.equal(cache.layers[1].states[0], first + 1) and torch.equal(cache.layers[1].states[1], second)
+    store(cache, 0, first * 2, second)
     assert cache.get_seq_length() == 6 and torch.equal(cache.get_recurrent_state(0), first * 2)
     assert cache.layers[0].get_mask_sizes(3) == (9, 0)
     cache.reset()
-    assert cache.get_seq_length() == 0 and cache.get_recurrent_state(0) is None
+    assert cache.get_seq_length() == 0 and cache.layers[0].states == ()
+
+
+def test_states_are_replaced_in_place(cache):
+    """CUDA graphs read from fixed addresses."""
+    store(cache, 0, torch.randn(2, 3))
+    address = cache.layers[0].states[0].data_ptr()
+    store(cache, 0, torch.ones(2, 3))
+    assert cache.layers[0].states[0].data_ptr() == address and torch.equal(cache.layers[0].states[0], torch.ones(2, 3))
 
 
 def test_rows_can_be_reordered_repeated_and_selected(cache):
     state = torch.arange(6.0).view(3, 2)
     for layer in range(2):
-        cache.update_recurrent_state(state, layer, num_tokens=1)
+        store(cache, layer, state)
     cache.reorder_cache(torch.tensor([2, 0, 0]))
     assert torch.equal(cache.get_recurrent_state(0), state[[2, 0, 0]])
     cache.batch_repeat_interleave(2)
@@ -50,8 +65,25 @@ def test_rows_can_be_reordered_repeated_and_selected(cache):
     assert torch.equal(cache.get_recurrent_state(1), state[[2, 0]])
 
 
+def test_a_crop_returns_to_the_states_before_and_says_what_to_read_again(cache):
+    layer = cache.layers[0]
+    store(cache, 0, torch.zeros(1, 2), time=4)
+    cache.activate_past_recording()
+    assert layer.is_croppable
+    store(cache, 0, torch.ones(1, 2), time=3)
+    store(cache, 0, torch.full((1, 2), 2.0), time=2)
+    layer.crop(-1)
+    layer.crop(-2)
+    layer.crop(0)  # nothing is final before it has been read again
+    assert cache.get_seq_length() == 6 and torch.equal(layer.states[0], torch.zeros(1, 2))
+    assert [hidden_states.shape[1] for hidden_states, _ in layer.take_cropped()] == [2]
+    assert layer.take_cropped() == []
+    with pytest.raises(ValueError, match="only the last 0 are recorded"):
+        layer.crop(-1)
+
+
 def test_it_refuses_what_it_cannot_do(cache):
-    cache.update_recurrent_state(torch.zeros(1, 2), 0, num_tokens=1)
+    store(cache, 0, torch.zeros(1, 2))
     assert not cache.layers[0].is_croppable
     with pytest.raises(ValueError, match="cannot forget its last tokens"):
         cache.layers[0].crop(-1)

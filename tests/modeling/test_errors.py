@@ -21,8 +21,11 @@ def compose(**block):
 
 
 CASES = {
-    "unknown block": (lambda: compose(type="post_norm"), r"'post_norm'; choose from \['parallel', 'pre_norm'\]"),
-    "unknown mixer": (lambda: compose(mixer={"type": "rwkv"}), r"'rwkv'; choose from \['attention', 'soft_"),
+    "unknown block": (
+        lambda: compose(type="post_norm"),
+        r"'post_norm'; choose from \['mixer_only', 'parallel', 'pre_norm'\]",
+    ),
+    "unknown mixer": (lambda: compose(mixer={"type": "rwkv"}), r"'rwkv'; choose from \['attention', '"),
     "unknown router": (
         lambda: compose(feed_forward={**MOE, "router": {"type": "hash"}}),
         r"'hash'; choose from \['recurrent', 'soft', 'top_k'\]",
@@ -60,7 +63,7 @@ CASES = {
     "unknown cell": (lambda: tiny_config("rmoe", router_cell="mamba"), r"choose from \['gru', 'lstm', 'rnn'\]"),
     "unknown block type": (
         lambda: tiny_config("bam", block_type="sandwich"),
-        r"choose from \['parallel', 'pre_norm'\]",
+        r"choose from \['mixer_only', 'parallel', 'pre_norm'\]",
     ),
     "unknown scoring": (
         lambda: compose(feed_forward={**MOE, "router": {"type": "top_k", "scoring": "cosine"}}),
@@ -90,7 +93,7 @@ CASES = {
         ),
         "share one 'router_cell'",
     ),
-    "unknown tiny type": (lambda: tiny_config("gpt"), r"choose from \['bam', 'hf_moe', 'mole', 'rmoe'\]"),
+    "unknown tiny type": (lambda: tiny_config("gpt"), r"choose from \['bam', "),
 }
 
 
