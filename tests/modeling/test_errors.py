@@ -93,6 +93,10 @@ CASES = {
         ),
         "share one 'router_cell'",
     ),
+    "partial rotary factor of the model": (
+        lambda: HfMoeConfig(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        "belongs to a mixer",
+    ),
     "unknown tiny type": (lambda: tiny_config("gpt"), r"choose from \['bam', "),
 }
 
