@@ -28,7 +28,15 @@ _MOE_BLOCK = {
 _OWN = {
     "hf_moe": {"blocks": {"moe": _MOE_BLOCK}},
     "bam": {"intermediate_size": 32, "num_experts": 3},
+    "based": {
+        "intermediate_size": 48,
+        "feature_dim": 4,
+        "sliding_window": 8,
+        "linear_attention_layers": [0],
+        "sliding_attention_layers": [1],
+    },
     "rmoe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "router_state_size": 8},
+    "moa": {"head_dim": 8, "num_attention_experts": 4, "intermediate_size": 32},
     "mole": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -36,6 +44,15 @@ _OWN = {
         "latent_size": 8,
         "experts_per_group": 2,
     },
+    "peripheral_lm": {
+        "intermediate_size": 32,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    },
+    "sigma": {"intermediate_size": 32, "num_key_heads": 1, "query_size": 48},
+    "switchhead": {"num_key_value_heads": None, "head_dim": 8, "intermediate_size": 32},
 }
 
 

@@ -30,7 +30,7 @@ MAY_IMPORT = {  # package -> packages of ours it may import
     "testing": {"modeling", "architectures"},
 }
 LEVELS = [  # inside modeling: a module imports lower levels only
-    {"layers", "cache", "context", "packing", "ops", "losses", "parts"},
+    {"layers", "cache", "context", "packing", "ops", "losses", "parts", "feature_maps"},
     {"routers", "experts"},
     {"mixers"},
     {"feed_forward"},

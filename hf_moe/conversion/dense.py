@@ -93,6 +93,8 @@ def _hf_moe(config: Any) -> dict[str, Any]:
     mixer, feed_forward = block["mixer"], block["feed_forward"]
     if len(names) != 1 or mixer["type"] != "attention" or feed_forward["type"] != "mlp":
         raise ValueError("an hf_moe source must be one block of `attention` and `mlp`, repeated")
+    if mixer["partial_rotary_factor"] != 1:
+        raise ValueError(f"partial_rotary_factor is {mixer['partial_rotary_factor']}, all targets rotate whole heads")
     biases = {(False, False): "none", (True, False): "qkv", (True, True): "qkvo", (False, True): "o"}
     return {
         "block_type": block["type"],

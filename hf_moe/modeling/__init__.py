@@ -2,6 +2,7 @@
 
 from .anatomy import MoeLayer, moe_layers
 from .blocks import BLOCKS
+from .cache import CacheMemory, cache_memory
 from .configuration import DecoderConfig
 from .experts import EXPERTS
 from .feed_forward import FEED_FORWARDS

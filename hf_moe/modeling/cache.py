@@ -4,7 +4,6 @@ Transformers' `linear_attention` layer (5.23) learns that it holds a state from 
 cannot repeat or select rows, and cannot be cropped; `RecurrentLayer` does all of that for any number of states.
 """
 
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -166,10 +165,15 @@ class StaticMaskedLayer(StaticLayer):
     _layer_type = "masked_attention"
 
 
+class BooleanMasks:
+    """What Transformers reads of a config to make the masks of `scaled_dot_product_attention`."""
+
+    _attn_implementation, is_causal = "sdpa", True
+
+
 def create_explicit_mask(config: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
     """(B, 1, T, S) boolean, True where a token may look, whatever attention kernel the other layers use."""
-    config = SimpleNamespace(_attn_implementation="sdpa", is_causal=True)
-    return create_causal_mask(config, *args, allow_is_causal_skip=False, **kwargs)  # pyright: ignore
+    return create_causal_mask(BooleanMasks, *args, allow_is_causal_skip=False, **kwargs)  # pyright: ignore
 
 
 class CacheMemory(NamedTuple):

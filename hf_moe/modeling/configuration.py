@@ -89,6 +89,11 @@ class DecoderConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need an even one.")
+        if (self.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                "partial_rotary_factor belongs to a mixer, as one model may rotate differently in different layers: set "
+                "it in the spec, e.g. {'type': 'attention', 'partial_rotary_factor': 0.5}."
+            )
 
     def check_blocks(self) -> None:
         """Every named block must exist and its parts must accept their options."""

@@ -13,8 +13,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_po
 from transformers.models.llama.modeling_llama import LlamaRMSNorm as RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding as RotaryEmbedding
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated as GroupRMSNorm
 
 __all__ = [
+    "GroupRMSNorm",
     "RMSNorm",
     "RotaryEmbedding",
     "apply_rotary_pos_emb",
@@ -83,11 +85,13 @@ def attend(
     Args:
         module: the mixer; has `config`, `scaling`, `attention_dropout`, `sliding_window`, and what the kernels read:
             `num_key_value_groups`, `is_causal`, `layer_idx`.
-        query: (B, H, T, d); key and value: (B, H / groups, S, d).
+        query: (B, H, T, d); key: (B, H / groups, S, d); value: the same or of another width.
 
     Returns:
         Output (B, T, H, d), and the attention weights (B, H, T, S) where the kernel makes them.
     """
+    if (missing := value.shape[-1] - key.shape[-1]) > 0:  # flash kernels would cut values to the width of the keys
+        query, key = (torch.nn.functional.pad(x, (0, missing)) for x in (query, key))
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
     return kernel(
         module,

@@ -9,13 +9,31 @@ from hf_moe import HfMoeConfig, HfMoeForCausalLM
 
 MIXERS: dict[str, dict[str, Any]] = {
     "attention": {"type": "attention"},
+    "based": {"type": "based", "feature_dim": 4},
+    "diff_qkv": {"type": "diff_qkv", "num_key_heads": 1, "query_size": 24},
+    "gated_delta_net": {"type": "gated_delta_net", "num_heads": 2, "num_value_heads": 4, "value_head_dim": 12},
+    "hyper_attention": {"type": "hyper_attention"},
+    "kimi_delta_attention": {"type": "kimi_delta_attention", "gate": "bounded"},
+    "latent_attention": {
+        "type": "latent_attention",
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    },
+    "lightning_attention": {"type": "lightning_attention"},
+    "mamba2": {"type": "mamba2", "head_dim": 16, "state_size": 8, "num_groups": 2},
     "mixture_of_attention": {
         "type": "mixture_of_attention",
         "num_experts": 4,
         "heads_per_expert": 2,
         "router": {"type": "top_k", "top_k": 2},
     },
+    "short_convolution": {"type": "short_convolution"},
     "soft_mixture_of_attention": {"type": "soft_mixture_of_attention", "num_experts": 3},
+    "spark_attention": {"type": "spark_attention", "top_k": 3},
+    "sparse_attention": {"type": "sparse_attention", "keep": 0.4, "codeword_size": 2},
+    "switch_head": {"type": "switch_head", "num_heads": 2, "num_experts": 4},
 }
 ROUTERS: dict[str, dict[str, Any]] = {
     "top_k": {"type": "top_k", "top_k": 2},
@@ -42,6 +60,7 @@ def block(mixer: dict[str, Any], feed_forward: dict[str, Any], kind: str = "pre_
 ATTENTION = MIXERS["attention"]
 SOFT_ATTENTION = MIXERS["soft_mixture_of_attention"]
 MLP = {"type": "mlp", "intermediate_size": 48}
+UNGATED_MLP = {"type": "ungated_mlp", "intermediate_size": 48}
 PRODUCT = {}  # every mixer with every router; blocks and experts take turns, so that they meet every mixer too
 for number, (mixer, router) in enumerate(itertools.product(MIXERS, ROUTERS)):
     kind, experts = BLOCKS[number % len(BLOCKS)], list(EXPERTS)[number // len(BLOCKS) % len(EXPERTS)]
@@ -53,6 +72,11 @@ VARIANTS = {  # options, and stacks of different blocks
     "hybrid-sliding-nope": {
         "a": block({**ATTENTION, "sliding": True}, moe()),
         "b": block({**ATTENTION, "rotary": False}, moe()),
+    },
+    "partial_rotary": {"b": block({**ATTENTION, "partial_rotary_factor": 0.5}, moe())},
+    "hybrid-diff_qkv-latent": {
+        "a": block({**MIXERS["diff_qkv"], "key_head_dim": 4, "top_values": 3}, {**UNGATED_MLP, "bias": True}),
+        "b": block({**MIXERS["latent_attention"], "q_lora_rank": 8, "rotary": False, "output_gate": True}, moe()),
     },
     "shared_key_value": {"b": block({**SOFT_ATTENTION, "share_key_value": True}, moe(), "parallel")},
     "soft-qk_norm-bias": {"b": block({**SOFT_ATTENTION, "qk_norm": True, "qkv_bias": True}, moe())},
@@ -67,6 +91,27 @@ VARIANTS = {  # options, and stacks of different blocks
     "latent-down": {"b": block(ATTENTION, {**moe(), "experts": {**EXPERTS["latent"], "factorize_down": True}})},
     "shared_expert": {"b": block(ATTENTION, moe(shared_intermediate_size=8))},
     "shared_expert-gated": {"b": block(ATTENTION, moe(shared_intermediate_size=8, shared_gate=True))},
+    "based-hedgehog": {
+        "b": block({"type": "based", "feature_dim": 4, "feature_map": {"type": "hedgehog"}}, moe(), "parallel")
+    },
+    "based-rebased": {"b": block({"type": "based", "feature_dim": 4, "feature_map": {"type": "rebased"}}, moe())},
+    "lightning-ring": {
+        "b": block(
+            {
+                "type": "lightning_attention",
+                "slopes": "ring",
+                "scaled": True,
+                "qk_norm": True,
+                "partial_rotary_factor": 0.5,
+                "group_norm_size": 4,
+            },
+            moe(),
+        )
+    },
+    "hybrid-based": {
+        "a": block(MIXERS["based"], moe()),
+        "b": block({**ATTENTION, "sliding": True}, moe()),
+    },
     "dense-then-recurrent": {
         "a": block(ATTENTION, {"type": "mlp", "intermediate_size": 48}),
         "b": block(ATTENTION, moe("recurrent")),

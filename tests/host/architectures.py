@@ -62,6 +62,7 @@ ENTRIES: dict[str, tuple[str, dict[str, Any]]] = {
         "bam",
         {**BAM, "block_type": "pre_norm", "share_key_value": True, "qk_norm": True, "qkv_bias": True},
     ),
+    "switchhead": ("switchhead", {"num_key_value_heads": 4}),
 }
 
 CONTROL = "qwen3_moe"  # not ours: when one of our models fails, it tells whether Transformers itself passes
@@ -84,7 +85,7 @@ def entry(name: str) -> Entry:
         raise ValueError(f"Unknown architecture {name!r}; choose from {[*entry_names(), CONTROL]}.")
     model_type, options = ENTRIES.get(name, (name, {}))
     config_class, *classes = ARCHITECTURES[model_type]
-    config = tiny_config(model_type, **SIZES, **options)
+    config = tiny_config(model_type, **{**SIZES, **options})
     written = config.to_diff_dict()
     options = {field.name: written[field.name] for field in fields(config_class) if field.name in written}
     expected = {"num_attention_heads": attention_maps(config)}
@@ -92,8 +93,10 @@ def entry(name: str) -> Entry:
 
 
 def attention_maps(config: DecoderConfig) -> int:
-    """How many attention maps a layer returns: mixtures of attention fold their experts into the heads."""
-    return config.num_attention_heads * max(spec["mixer"].get("num_experts", 1) for spec in config.blocks.values())
+    """How many attention maps a layer returns: soft mixtures of attention fold all their experts into the heads."""
+    mixers = [spec["mixer"] for spec in config.blocks.values()]
+    experts = [mixer["num_experts"] for mixer in mixers if mixer["type"] == "soft_mixture_of_attention"]
+    return config.num_attention_heads * max([1, *experts])
 
 
 def control() -> Entry:

@@ -46,9 +46,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (model type, overrid
     ),
     "bam": ("bam", {}),
     "bam_shared": ("bam", {"block_type": "pre_norm", "share_key_value": True, "qk_norm": True, "qkv_bias": True}),
+    "based": ("based", {"num_hidden_layers": 3}),
+    "moa": ("moa", {}),
     "rmoe": ("rmoe", {}),
     "mole": ("mole", {}),
     "mole_factorized": ("mole", {"factorize_down": True}),
+    "switchhead": ("switchhead", {}),
 }
 
 

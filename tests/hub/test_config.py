@@ -53,12 +53,29 @@ own = {
             "router_cell": st.sampled_from(["gru", "rnn", "lstm"]),
         }
     ),
+    "moa": st.fixed_dictionaries(
+        {
+            "num_attention_experts": st.integers(4, 8),
+            "norm_topk_prob": st.booleans(),
+            "attention_output_bias": st.booleans(),
+            "intermediate_size": sizes,
+        }
+    ),
     "mole": st.fixed_dictionaries(
         {
             "moe_intermediate_size": sizes,
             "latent_size": st.none() | sizes,
             "experts_per_group": st.just(1),
             "factorize_down": st.booleans(),
+        }
+    ),
+    "switchhead": st.fixed_dictionaries(
+        {
+            "num_key_value_heads": st.none(),
+            "num_attention_experts": st.integers(2, 4),
+            "num_attention_experts_per_tok": st.integers(1, 2),
+            "rotary_fraction": st.sampled_from([0.5, 1.0]),
+            "intermediate_size": sizes,
         }
     ),
 }

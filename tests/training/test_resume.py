@@ -33,6 +33,7 @@ def trainer(network, folder: Path, **extra) -> Trainer:
     return Trainer(network, args, train_dataset=data, eval_dataset=data, data_collator=default_data_collator)
 
 
+@pytest.mark.allow_warnings("missing keys in the checkpoint model loaded: ['lm_head.weight']")  # tied: any such model
 @pytest.mark.parametrize("model_type", balance.hf_moe.ARCHITECTURES)
 def test_resume_is_bit_exact(model_type, tmp_path):
     whole = trainer(balance.model(model_type), tmp_path)
@@ -47,6 +48,7 @@ def test_resume_is_bit_exact(model_type, tmp_path):
     assert losses[0][2:] == losses[1][2:]
 
 
+@pytest.mark.allow_warnings("missing keys in the checkpoint model loaded: ['lm_head.weight']")  # tied: any such model
 @pytest.mark.parametrize("model_type", balance.hf_moe.ARCHITECTURES)
 def test_load_best_model_at_end(model_type, tmp_path):
     # greater is better: the best is the first checkpoint, so the end state must be replaced
