@@ -48,7 +48,7 @@ def register_checkpoint_layout(config_class: type[DecoderConfig]) -> None:
     feed_forwards = [block["feed_forward"] for block in config_class().blocks.values() if "feed_forward" in block]
     kinds = [feed_forward["experts"]["type"] for feed_forward in feed_forwards if "experts" in feed_forward]
     converters = []
-    for kind in kinds or EXPERTS:  # a free composition may hold any
+    for kind in EXPERTS if "blocks" in config_class.__dataclass_fields__ else kinds:  # a free composition may hold any
         experts = EXPERTS[kind]
         for fused, names in experts.per_expert_names.items():
             path = f"mlp.{experts.attribute}"

@@ -108,6 +108,10 @@ VARIANTS = {  # options, and stacks of different blocks
             moe(),
         )
     },
+    "hybrid-spark-sparse": {
+        "a": block({**MIXERS["spark_attention"], "rotary": "head", "scale": "parts", "predictor_size": 2}, moe()),
+        "b": block({**MIXERS["sparse_attention"], "keep": 3, "qk_norm": True, "qkv_bias": True}, moe()),
+    },
     "hybrid-based": {
         "a": block(MIXERS["based"], moe()),
         "b": block({**ATTENTION, "sliding": True}, moe()),

@@ -94,6 +94,22 @@ def test_round_trip(model, tmp_path):
 
 
 @torch.no_grad()
+def test_everything_can_be_initialised_again(model):
+    """`from_pretrained` makes models without content, and initialises what a checkpoint lacks."""
+    with torch.device("meta"):
+        empty = type(model)(model.config).to_empty(device="cpu")
+    for tensor in (*empty.parameters(), *empty.buffers()):
+        if tensor.is_floating_point():
+            tensor.fill_(torch.nan)
+    for module in empty.modules():
+        module._is_hf_initialized = False
+    empty.init_weights()
+    missed = [name for name, tensor in empty.state_dict(keep_vars=True).items() if not tensor.isfinite().all()]
+    assert not missed and all(buffer.isfinite().all() for buffer in empty.buffers())
+    assert empty(X).logits.isfinite().all()
+
+
+@torch.no_grad()
 def test_attention_backends_agree(model):
     model.set_attn_implementation("eager")
     expected = model(X).logits

@@ -160,6 +160,11 @@ def test_an_hf_moe_source_must_be_dense_and_of_one_block():
         upcycle(two_blocks, "hf_moe")
     with refused("source 0 (HfMoe", "an hf_moe source must be one block of `attention` and `mlp`"):
         upcycle(upcycle(dense_model("llama"), "hf_moe"), "hf_moe")
+    half = {**block, "mixer": {**block["mixer"], "partial_rotary_factor": 0.5}}
+    with torch.device("meta"):
+        half_rotated = AutoModelForCausalLM.from_config(HfMoeConfig(blocks={"a": half}, **sizes))
+    with refused("source 0 (HfMoe", "partial_rotary_factor is 0.5, all targets rotate whole heads"):
+        upcycle(half_rotated, "hf_moe")
 
 
 def test_a_tensor_without_a_place_is_refused():

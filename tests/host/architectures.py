@@ -48,12 +48,30 @@ LATENT_PARALLEL_BLOCK = {
     },
 }
 
+LINEAR_BLOCK = {
+    "type": "pre_norm",
+    "mixer": {"type": "kimi_delta_attention", "num_heads": 2, "key_head_dim": 16},
+    "feed_forward": SPARSE_SLIDING_BLOCK["feed_forward"],
+}
+LATENT_ATTENTION_BLOCK = {
+    "type": "pre_norm",
+    "mixer": {
+        "type": "latent_attention",
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    },
+    "feed_forward": SPARSE_SLIDING_BLOCK["feed_forward"],
+}
+
 # Expert parallelism on two ranks wants an even number of experts.
 BAM = {"num_experts": 4, "num_attention_experts": 3}
 
 # entry -> model type, options on top of SIZES and its tiny config; an architecture without an entry is taken as it is
 ENTRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bam": ("bam", BAM),
+    "hf_moe_linear_hybrid": ("hf_moe", {"blocks": {"linear": LINEAR_BLOCK, "latent": LATENT_ATTENTION_BLOCK}}),
     "hf_moe_hybrid": (
         "hf_moe",
         {"blocks": {"sparse": SPARSE_SLIDING_BLOCK, "latent": LATENT_PARALLEL_BLOCK}, "sliding_window": 4},

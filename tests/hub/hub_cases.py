@@ -51,6 +51,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (model type, overrid
     "rmoe": ("rmoe", {}),
     "mole": ("mole", {}),
     "mole_factorized": ("mole", {"factorize_down": True}),
+    "peripheral_lm": ("peripheral_lm", {}),
+    "sigma": ("sigma", {}),
+    "sigma_selective": ("sigma", {"top_values": 4, "key_head_dim": 4}),
     "switchhead": ("switchhead", {}),
 }
 

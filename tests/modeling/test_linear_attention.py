@@ -1,5 +1,7 @@
 """Chunked linear attention against its recurrence, one token at a time: outputs, states and gradients."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -94,6 +96,45 @@ def test_piece_by_piece_is_the_whole(decay, layout):
         start += piece
     torch.testing.assert_close(torch.cat(outputs, 1), whole, atol=1e-10, rtol=1e-10)
     torch.testing.assert_close(state, last, atol=1e-10, rtol=1e-10)
+
+
+def chunk_simple_gla(
+    q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None
+):
+    """flash-linear-attention's kernel as its docstring has it: packed sequences lie in one row, a state for each."""
+    assert scale == 1.0 and output_final_state and initial_state.dtype == torch.float32
+    assert g_gamma is None or not g_gamma.requires_grad
+    if cu_seqlens is None:
+        return recurrence(q, k, v, initial_state, Rows(), g if g_gamma is None else g_gamma)
+    assert len(q) == 1 and len(initial_state) == len(cu_seqlens) - 1
+    outputs, states = [], []
+    for number, (start, stop) in enumerate(pairwise(cu_seqlens)):
+        part = slice(start, stop)
+        decay = g[:, part] if g is not None else g_gamma
+        output, state = recurrence(q[:, part], k[:, part], v[:, part], initial_state[number, None], Rows(), decay)
+        outputs.append(output)
+        states.append(state)
+    return torch.cat(outputs, 1), torch.cat(states)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_what_a_kernel_is_given(decay, layout, monkeypatch):
+    """On CUDA with fla; that the real kernel does what its docstring says is for tests/gpu."""
+    rows, (*tensors, gate) = rows_of(layout, CHUNK + 3), inputs(CHUNK + 3, decay, torch.float32)
+    gate = gate.detach() if decay == "constant" else gate
+
+    def both():
+        output, state = linear_attention(*tensors, rows, gate)
+        output = rows.keep(output)
+        leaves = [x for x in (*tensors, gate) if x is not None and x.requires_grad]
+        gradients = torch.autograd.grad(output.sin().sum() + state.cos().sum(), leaves)
+        return output, state, *gradients
+
+    expected = both()
+    monkeypatch.setattr("hf_moe.modeling.ops.linear_attention.fla_kernel", lambda *_: chunk_simple_gla)
+    for ours, torch_path in zip(both(), expected):
+        torch.testing.assert_close(ours, torch_path, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("decay", ["constant", "token"])

@@ -218,7 +218,9 @@ IDS = torch.randint(3, 60, (2, 13), generator=torch.Generator().manual_seed(0)) 
 
 def as_attention(hyper: HfMoeForCausalLM) -> HfMoeForCausalLM:
     """Softmax attention with the same weights."""
-    block = {**hyper.config.blocks["b"], "mixer": {"type": "attention"}}
+    mixer = hyper.config.blocks["b"]["mixer"]
+    mixer = {"type": "attention", "qk_norm": mixer["qk_norm"], "qkv_bias": mixer["qkv_bias"]}
+    block = {**hyper.config.blocks["b"], "mixer": mixer}
     config = HfMoeConfig(**{**hyper.config.to_dict(), "blocks": {"b": block}})
     attention = HfMoeForCausalLM(config).eval()
     attention.load_state_dict(hyper.state_dict())
@@ -226,9 +228,10 @@ def as_attention(hyper: HfMoeForCausalLM) -> HfMoeForCausalLM:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_short_rows_are_softmax_attention_under_any_mask(implementation):
-    hyper = model(min_seq_len=8)
+def test_short_rows_are_softmax_attention_under_any_mask(implementation, extras):
+    hyper = model(min_seq_len=8, qk_norm=extras, qkv_bias=extras)
     attention = as_attention(hyper)
     for each in (hyper, attention):
         each.set_attn_implementation(implementation)
@@ -286,9 +289,9 @@ def test_estimating_needs_whole_rows(case, implementation):
         if case == "whole":
             torch.testing.assert_close(hyper(IDS, **hides(case)).logits, model()(IDS).logits)
             return
-        with pytest.raises(ValueError, match="padding, several packed sequences.*raise min_seq_len"):
+        with pytest.raises(ValueError, match="raise min_seq_len above half the length"):
             hyper(IDS, **hides(case))
-    with pytest.raises(ValueError, match="whole|plainly"):
+    with pytest.raises(ValueError, match="not plainly causal"):
         hyper(IDS, attention_mask=torch.ones(2, 1, 13, 13, dtype=torch.bool))  # not causal
 
 
@@ -300,7 +303,7 @@ def test_a_mask_made_by_the_user():
 
 @torch.no_grad()
 def test_what_continues_a_cache_attends_exactly():
-    """Prefill is estimated; single tokens, short and long pieces after it are softmax attention over all of the past."""
+    """Prefill is estimated; tokens and pieces of any length after it are softmax attention over all of the past."""
     hyper = model(layers=1)  # of one layer the keys do not depend on the attention
     attention = as_attention(hyper)
     longer = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(1))

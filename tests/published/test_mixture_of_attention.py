@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, JetMoeConfig
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeAttention, JetMoeRotaryEmbedding
 
-from hf_moe import MIXERS, HfMoeConfig, HfMoeForCausalLM
+from hf_moe import MIXERS, HfMoeConfig, HfMoeForCausalLM, MoaConfig, MoaForCausalLM
 from hf_moe.modeling.context import ForwardContext
 from hf_moe.testing import tiny_config
 
@@ -229,6 +229,62 @@ def test_lora_trains_the_stacked_projections():
     logits = adapted.eval()(ids).logits
     assert not torch.allclose(logits, expected, atol=1e-3)
     torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_moa(norm_topk_prob, heads):
+    """The architecture: x + attention(norm(x)), x + W_down relu(W_up norm(x) + b) + b; logits, losses, gradients."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 31, "hidden_size": WIDTH, "head_dim": HEAD, "intermediate_size": 12}
+    config = tiny_config(
+        "moa", **sizes, num_key_value_heads=heads, num_attention_heads=2 * heads, norm_topk_prob=norm_topk_prob,
+        attention_output_bias=heads == 2, initializer_range=0.3,
+    )  # fmt: skip
+    model = MoaForCausalLM(config)
+    model.set_experts_implementation("batched_mm")
+    for name, parameter in model.named_parameters():
+        if "bias" in name:
+            torch.nn.init.normal_(parameter)
+    model = model.double().train()
+    weights, ids = naive.double(model), torch.arange(5, 5 + TIME)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # tied
+    xs, losses = [weights["model.embed_tokens.weight"][i] for i in ids], []
+    for layer in range(2):
+        p = f"model.layers.{layer}."
+        w = {name.removeprefix(p): tensor for name, tensor in weights.items() if name.startswith(p)}
+        attention = {name.removeprefix("self_attn."): tensor for name, tensor in w.items()}
+        normed = [naive.rms_norm(x, w["input_layernorm.weight"]) for x in xs]
+        router = "normalized" if norm_topk_prob else "released"
+        mixed, loss = reference(normed, attention, heads, 2, router, True, real=list(range(TIME)))
+        xs, losses = [x + y for x, y in zip(xs, mixed)], [*losses, loss]
+        normed = [naive.rms_norm(x, w["post_attention_layernorm.weight"]) for x in xs]
+        hidden = [(w["mlp.up_proj.weight"] @ x + w["mlp.up_proj.bias"]).clamp(min=0) for x in normed]
+        xs = [x + w["mlp.down_proj.weight"] @ h + w["mlp.down_proj.bias"] for x, h in zip(xs, hidden)]
+    normed = [naive.rms_norm(x, weights["model.norm.weight"]) for x in xs]
+    expected = torch.stack([weights["lm_head.weight"] @ x for x in normed])
+    outputs = model(ids[None], use_cache=False)
+    balance, z = sum(losses)
+    aux_loss = balance + z * config.router_z_loss_coef / config.router_aux_loss_coef
+    torch.testing.assert_close(outputs.logits[0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs.aux_loss.double(), aux_loss, atol=1e-5, rtol=1e-5)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for logits, loss in ((outputs.logits[0], outputs.aux_loss), (expected, aux_loss)):
+        ((logits * direction).sum() + loss).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, weights[name].grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("config,published", [(MoaConfig.base(), 65), (MoaConfig(), 200)], ids=["base", "big"])
+def test_moa_sizes(config, published):
+    """The paper's millions: six encoder layers, six decoder layers with a second attention, 37k tied embeddings."""
+    with torch.device("meta"):
+        layer = MoaForCausalLM(config).model.layers[0]
+    attention, feed_forward = (sum(p.numel() for p in m.parameters()) for m in (layer.self_attn, layer.mlp))
+    total = 18 * attention + 12 * feed_forward + 37000 * config.hidden_size
+    assert abs(total / 1e6 - published) < 1
 
 
 @pytest.mark.parametrize(

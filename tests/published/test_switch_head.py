@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from hf_moe import MIXERS, HfMoeConfig, HfMoeForCausalLM
+from hf_moe import MIXERS, HfMoeConfig, HfMoeForCausalLM, SwitchHeadConfig, SwitchHeadForCausalLM
 from hf_moe.testing import tiny_config
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -200,6 +200,77 @@ def test_lora_trains_the_stacked_projections():
     logits = adapted.eval()(ids).logits
     assert not torch.allclose(logits, expected, atol=1e-3)
     torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_switchhead():
+    """The architecture: x + attention(norm(x)), x + W_down relu(W_up norm(x) + b) + b; logits and gradients."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 31, "hidden_size": WIDTH, "head_dim": HEAD, "intermediate_size": 12}
+    config = tiny_config("switchhead", **sizes, num_attention_heads=2, num_attention_experts=3, initializer_range=0.3)
+    model = SwitchHeadForCausalLM(config)
+    model.set_experts_implementation("batched_mm")
+    for name, parameter in model.named_parameters():
+        if "bias" in name or "self_attn" in name:
+            torch.nn.init.normal_(parameter, std=0.4)
+    model = model.double()
+    weights, ids = naive.double(model), torch.arange(5, 5 + TIME)
+    xs = [weights["model.embed_tokens.weight"][i] for i in ids]
+    for layer in range(2):
+        p = f"model.layers.{layer}."
+        w = {name.removeprefix(p): tensor for name, tensor in weights.items() if name.startswith(p)}
+        attention = {name.removeprefix("self_attn."): tensor for name, tensor in w.items()}
+        normed = [naive.rms_norm(x, w["input_layernorm.weight"]) for x in xs]
+        mixed = reference(normed, attention, heads=2, experts=3, top_k=2, turned=HEAD // 2)
+        xs = [x + y for x, y in zip(xs, mixed)]
+        normed = [naive.rms_norm(x, w["post_attention_layernorm.weight"]) for x in xs]
+        hidden = [(w["mlp.up_proj.weight"] @ x + w["mlp.up_proj.bias"]).clamp(min=0) for x in normed]
+        xs = [x + w["mlp.down_proj.weight"] @ h + w["mlp.down_proj.bias"] for x, h in zip(xs, hidden)]
+    normed = [naive.rms_norm(x, weights["model.norm.weight"]) for x in xs]
+    expected = torch.stack([weights["lm_head.weight"] @ x for x in normed])
+    outputs = model(ids[None], use_cache=False)
+    assert outputs.aux_loss is None
+    torch.testing.assert_close(outputs.logits[0], expected, atol=1e-5, rtol=1e-5)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for logits in (outputs.logits[0], expected):
+        (logits * direction).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, weights[name].grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize(
+    "config,relative_positions,published",
+    [(SwitchHeadConfig(), False, 243), (SwitchHeadConfig.c4_262m(), True, 262), (SwitchHeadConfig.c4_47m(), True, 47)],
+    ids=["wikitext-243m", "c4-262m", "c4-47m"],
+)
+def test_switchhead_sizes(config, relative_positions, published):
+    """The paper's millions: ours, and what the released models have besides."""
+    with torch.device("meta"):
+        total = sum(p.numel() for p in SwitchHeadForCausalLM(config).parameters())
+    width, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads * config.head_dim
+    total += (2 * layers + 1) * width + config.vocab_size  # biases of the norms and of the head
+    total += layers * width * heads * relative_positions  # projections of Transformer-XL's positions
+    assert round(total / 1e6) == published
+
+
+def test_switchhead_starts_as_released():
+    """Attention weights of std 1 / sqrt(layers * inputs), the rest of `initializer_range`."""
+    torch.manual_seed(0)
+    model = SwitchHeadForCausalLM(SwitchHeadConfig(num_hidden_layers=2, vocab_size=100))
+    layer = model.model.layers[0]
+    for weight, std in (
+        (layer.self_attn.q_proj.weight, (2 * 1024) ** -0.5),
+        (layer.self_attn.v_proj, (2 * 1024) ** -0.5),
+        (layer.self_attn.o_proj, (2 * 4 * 100) ** -0.5),
+        (layer.mlp.up_proj.weight, 0.02),
+    ):
+        assert abs(weight.std() / std - 1) < 0.02
+
+
+def test_switchhead_has_keys_for_every_head():
+    with pytest.raises(ValueError, match="Leave it out"):
+        SwitchHeadConfig(num_key_value_heads=2)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ DECAY_GATES = ("softplus", "bounded")
 class KimiDeltaAttention(DeltaMixer):
     """The layer of Kimi Linear, and with `gate="bounded", low_rank=False` that of Ling-3.
 
-    Its state is H K V numbers in fp32. f is `f_b_proj(f_a_proj(x))`, or `f_b_proj` alone if it has full rank; g likewise.
+    Its state is H K V numbers in fp32. f is `f_b_proj(f_a_proj(x))`, or `f_b_proj` alone at full rank; g likewise.
 
     Args:
         num_heads: heads of queries and keys; by default the config's attention heads.

@@ -25,7 +25,7 @@ def decay_slopes(convention: str, num_heads: int, layer: int, num_layers: int, d
     """The decays s_h (H,) of one layer. Three conventions are in use and differ: a checkpoint needs its own.
 
     With ALiBi's a_h = 2^(-8 (h + 1) / H), for H no power of two those of the next lower power P, then every other one
-    of 2 P (Transformers' MiniMax uses the plain formula there, the authors ALiBi's):
+    of 2 P (the authors; Transformers' MiniMax uses the plain formula there, and L - 1 + 1e-5 for L - 1):
 
         minimax:  a_h (1 - l / (L - 1) + 1e-5)          MiniMax, TransNormer 2, Ring's SGLang kernels
         ring:     a_h (1 - (l - 1) / (L - 1) + 1e-5)    Ring- and Ling-linear's code on the hub

@@ -90,6 +90,8 @@ class SparseAttention(Mixer):
     def check(
         cls, config: Any, *, keep: float, codeword_size: int, num_codewords: int, clamp: float | None, **options: Any
     ) -> None:
+        if options["quantizer_loss_coef"] < 0:
+            raise ValueError(f"quantizer_loss_coef={options['quantizer_loss_coef']} must not be negative.")
         if keep <= 0 or (keep > 1 and keep != int(keep)):
             raise ValueError(f"keep={keep} must be a share of the keys between 0 and 1, or a whole number of them.")
         if codeword_size < 1 or config.head_dim % codeword_size or config.head_dim // codeword_size > 256:

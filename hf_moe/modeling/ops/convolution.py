@@ -6,24 +6,26 @@ Letters: B batch, T time, C channels, W kernel width.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 from ..packing import Rows
+from ..parts import Part
 
 
-class CausalConv1d(nn.Module):
+class CausalConv1d(Part):
     """`y_t = sum_j weight_j x_{t-W+1+j} + bias`, each channel by itself; weights are laid out as in `nn.Conv1d`."""
 
     def __init__(self, channels: int, kernel_size: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
-        self.reset_parameters()
+        self.init_weights()
 
-    def reset_parameters(self) -> None:
+    def init_weights(self, std: float = 0.0) -> None:
         """PyTorch's initialisation of `nn.Conv1d`: uniform within 1 / sqrt(W)."""
         bound = self.weight.shape[-1] ** -0.5
         for parameter in self.parameters(recurse=False):
-            nn.init.uniform_(parameter, -bound, bound)
+            init.uniform_(parameter, -bound, bound)
 
     def initial_state(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, C, W - 1) zeros: what stands before the first token."""

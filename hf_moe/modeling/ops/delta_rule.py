@@ -8,10 +8,13 @@ Inside a chunk the rule is a triangular system (2412.06464 §3.3). With G the ru
     [U, W] = (I + L)^-1 diag(beta) [V, K exp(G)],   E = U - W S
     O = (Q exp(G)) S + A(q) E,   S_out = diag(exp(G_end)) S + (K exp(G_end - G))^T E
 
-No exponent is ever positive, and packed sequences are cut inside this algebra, by masks. The forward pass keeps one
-state per span of chunks; the backward pass computes a span once more and differentiates it, so nothing but inputs,
-outputs and gradients is as long as the sequence. Transformers' torch functions for the two layers can neither reset a
-state between packed sequences nor bound their memory (C^2 K numbers per chunk in KDA's); the tests compare with them.
+Differences of G are summed up as such: no exponent is ever positive, and a token that forgets everything does not blur
+those after it. Packed sequences are cut inside this algebra, by masks.
+
+The forward pass keeps one state per span of chunks; the backward pass computes a span once more and differentiates it,
+so nothing but inputs, outputs and gradients is as long as the sequence. Transformers' torch functions for the two
+layers can neither reset a state between packed sequences nor bound their memory (C^2 K numbers per chunk in KDA's):
+the tests compare with them.
 
 Letters: B batch, T time, H heads, K key width, V value width, R = B H, n chunks of C tokens; X is K, or 1 for a decay
 per head.
@@ -142,8 +145,8 @@ class DeltaChunks(NamedTuple):
     query: torch.Tensor  # (n, R, C, K)
     key: torch.Tensor  # (n, R, C, K)
     value: torch.Tensor  # (n, R, C, V)
+    log_decay: torch.Tensor  # (n, R, C, X)
     beta: torch.Tensor  # (n, R, C, 1)
-    total: torch.Tensor  # (n, R, C, X) G
     rise: torch.Tensor  # (n, R, C, X) exp(G), 0 where the incoming state is another sequence's
     fall: torch.Tensor  # (n, R, C, X) exp(G_end - G), 0 where the outgoing state is another sequence's
     decay: torch.Tensor  # (n, R, X, 1) exp(G_end), 0 where a sequence begins in between
@@ -169,13 +172,12 @@ def cut_span(inputs: list[torch.Tensor], numbers: torch.Tensor | None, span: sli
     size = next(c for c in (2, 4, 8, 16, 32, DELTA_CHUNK) if c >= min(time, DELTA_CHUNK))
     query, key, value, log_decay, beta = (to_chunks(x[:, span], size) for x in inputs)
     total = log_decay.cumsum(-2)
-    end = total[..., -1:, :]
-    rise, fall, decay = total.exp(), (end - total).exp(), end.exp().mT
+    rise, fall, decay = total.exp(), sums_after(log_decay).exp(), total[..., -1:, :].exp().mT
     lower = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
     if numbers is not None:
         enters, leaves, passes, same = sequence_masks(numbers[:, span.start : span.start + time + 1], size, heads)
         rise, fall, decay, lower = rise * enters, fall * leaves, decay * passes, lower & same
-    return DeltaChunks(query, key, value, beta, total, rise, fall, decay, lower)
+    return DeltaChunks(query, key, value, log_decay, beta, rise, fall, decay, lower)
 
 
 def sequence_masks(numbers: torch.Tensor, size: int, heads: int) -> tuple[torch.Tensor, ...]:
@@ -239,7 +241,7 @@ def differentiate_chunks(
     d_column += d_leaving
     d_total = c.query * d_query + c.key * (d_row - d_column)
     d_total[..., -1, :] += (c.key * d_leaving).sum(-2) + (c.decay * s.states * d_after).sum(-1)
-    d_total = d_total.sum_to_size(c.total.shape)
+    d_total = d_total.sum_to_size(c.log_decay.shape)
     d_log_decay = d_total.flip(-2).cumsum(-2).flip(-2)
     d_state = d_state.view_as(d_last)
     return d_query, d_row + d_column, c.beta * d_values, d_log_decay, d_beta[..., None], d_state
@@ -247,8 +249,8 @@ def differentiate_chunks(
 
 def decayed_products(c: DeltaChunks) -> tuple[torch.Tensor, torch.Tensor]:
     """A(q) and A(k): (n, R, C, C), zero above the diagonal and between sequences."""
-    if c.total.shape[-1] == 1:
-        decay = (c.total - c.total.mT).masked_fill(~c.lower, float("-inf")).exp()
+    if c.log_decay.shape[-1] == 1:
+        decay = decay_of_pairs(c)
         return c.query @ c.key.mT * decay, c.key @ c.key.mT * decay
     reads = torch.diag_embed((c.query * c.key).sum(-1))
     overlaps = torch.diag_embed((c.key * c.key).sum(-1))
@@ -264,8 +266,8 @@ def differentiate_products(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of A(q) and of strict_tril(A(k)) -> those of the queries and of the keys, as rows and as columns."""
     d_reads = d_reads * c.lower
-    if c.total.shape[-1] == 1:
-        decay = (c.total - c.total.mT).masked_fill(~c.lower, float("-inf")).exp()
+    if c.log_decay.shape[-1] == 1:
+        decay = decay_of_pairs(c)
         d_reads, d_overlaps = d_reads * decay, d_overlaps * decay
         return d_reads @ c.key, d_overlaps @ c.key, d_reads.mT @ c.query + d_overlaps.mT @ c.key
     d_overlaps = d_overlaps * c.lower
@@ -278,6 +280,13 @@ def differentiate_products(
         split_blocks(d_row, half)[..., 1, :, :] += from_overlaps @ columns * rise
         split_blocks(d_column, half)[..., 0, :, :] += (from_reads.mT @ queries + from_overlaps.mT @ keys) * fall
     return d_query, d_row, d_column
+
+
+def decay_of_pairs(c: DeltaChunks) -> torch.Tensor:
+    """exp(G_i - G_j) (n, R, C, C) of a decay per head, where token i reads token j, else 0."""
+    size = c.log_decay.shape[-2]
+    between = c.log_decay.expand(-1, -1, -1, size).tril(-1).cumsum(-2)
+    return between.masked_fill(~c.lower, float("-inf")).exp()
 
 
 def block_halves(c: DeltaChunks) -> list[int]:
@@ -293,10 +302,14 @@ def block_halves(c: DeltaChunks) -> list[int]:
 
 def decay_to_border(c: DeltaChunks, half: int) -> tuple[torch.Tensor, ...]:
     """Queries and keys as rows, keys as columns, all (n, R, m, half, K) and decayed, and the decays of both."""
-    query, key, total = (split_blocks(x, half) for x in (c.query, c.key, c.total))
-    border = total[..., 0, -1:, :]
-    rise, fall = (total[..., 1, :, :] - border).exp(), (border - total[..., 0, :, :]).exp()
+    query, key, log_decay = (split_blocks(x, half) for x in (c.query, c.key, c.log_decay))
+    rise, fall = log_decay[..., 1, :, :].cumsum(-2).exp(), sums_after(log_decay[..., 0, :, :]).exp()
     return query[..., 1, :, :] * rise, key[..., 1, :, :] * rise, key[..., 0, :, :] * fall, rise, fall
+
+
+def sums_after(values: torch.Tensor) -> torch.Tensor:
+    """(..., C, X) -> the sum of all later rows: G_end - G, but exact where G itself has become too large for that."""
+    return F.pad(values[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
 
 
 def split_blocks(values: torch.Tensor, half: int) -> torch.Tensor:

@@ -37,7 +37,8 @@ def linear_attention(
         owner: the mixer, for the log.
 
     Returns:
-        Output (B, T, H, V) and the state after the last token, both in float32 (float64 for float64 inputs).
+        Output (B, T, H, V) and the state after the last token, both in float32 (float64 for float64 inputs); a kernel
+        answers in the dtype of `query`.
     """
     if rows.mask is not None:
         key = key.masked_fill(~rows.mask[..., None, None], 0)
@@ -49,8 +50,7 @@ def linear_attention(
             options["g_gamma"] = log_decay.float()
         elif log_decay is not None:
             inputs["g"] = log_decay.float()
-        output, state = run_fla(kernel, inputs, state, rows.segments, **options)
-        return output.float(), state
+        return run_fla(kernel, inputs, state, rows.segments, **options)
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, key, value, state = (x.to(dtype) for x in (query, key, value, state))
     log_decay = None if log_decay is None else log_decay.to(dtype)
