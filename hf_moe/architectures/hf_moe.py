@@ -35,23 +35,6 @@ class HfMoeConfig(DecoderConfig):
         self.block_pattern = self.block_pattern or list(self.blocks)
         super().__post_init__(**kwargs)
 
-    @property
-    def num_experts(self) -> int:
-        """Routed experts of the first sparse block (0 if there is none), where other tools look for them."""
-        return next((block["feed_forward"]["num_experts"] for block in self.sparse_blocks), 0)
-
-    @property
-    def num_experts_per_tok(self) -> int:
-        """Experts per token of the first sparse block (0 if there is none)."""
-        block = next(iter(self.sparse_blocks), None)
-        return block["feed_forward"]["router"].get("top_k", self.num_experts) if block else 0
-
-    @property
-    def sparse_blocks(self) -> list[dict[str, Any]]:
-        """The blocks that route, in the order of the pattern."""
-        used = [self.blocks[name] for name in self.block_pattern]  # pyright: ignore - filled by __post_init__
-        return [block for block in used if block.get("feed_forward", {}).get("type") == "moe"]
-
 
 HfMoeModel, HfMoeForCausalLM, HfMoeForSequenceClassification, HfMoeForTokenClassification = model_classes(
     "HfMoe", HfMoeConfig

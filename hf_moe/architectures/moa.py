@@ -14,8 +14,8 @@ from ..modeling.model import model_classes
 
 @strict
 class MoaConfig(DecoderConfig):
-    """Mixture of attention heads. Sizes and losses are the released code's; defaults are the paper's big model, whose
-    16 of 32 experts of width 256 make its 200M parameters with six encoder and six decoder layers.
+    """Mixture of attention heads. Sizes of the model and losses are the released code's. Its script uses all 8 of 8
+    experts (`MoaConfig.base`); the defaults here choose, 16 of 32 of width 256.
 
     Args:
         num_attention_heads: query heads that a token uses: its experts times the heads of one expert.

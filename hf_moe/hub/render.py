@@ -18,7 +18,7 @@ Written by {package} {version} (`hf-moe show`); change the parts there, not here
 It needs torch and transformers; {package} itself need not be installed. Every name is defined before it is used, so
 the architecture and the decoder stand at the end: start there and go up.
 
-The composition, repeated over the depth in the order {pattern}:
+{order}
 
 {blocks}
 """'''
@@ -43,11 +43,12 @@ def render(config: DecoderConfig, sections: list[Section], imports: Iterable[Imp
 
 
 def _header(config: DecoderConfig) -> str:
+    order = f"The composition, repeated over the depth in the order {', '.join(config.block_pattern)}:"
     return HEADER.format(
         name=type(config).__name__.removesuffix("Config") + "ForCausalLM",
         package=PACKAGE,
         version=version(PACKAGE),
-        pattern=", ".join(config.block_pattern),
+        order=textwrap.fill(order, WIDTH),
         blocks=json.dumps(config.blocks, indent=2),
     )
 

@@ -91,8 +91,8 @@ class DecoderConfig(PreTrainedConfig):
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need an even one.")
         if (self.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(
-                "partial_rotary_factor belongs to a mixer, as one model may rotate differently in different layers: set "
-                "it in the spec, e.g. {'type': 'attention', 'partial_rotary_factor': 0.5}."
+                "partial_rotary_factor belongs to a mixer, as one model may rotate differently in different layers: "
+                "set it in the spec, e.g. {'type': 'attention', 'partial_rotary_factor': 0.5}."
             )
 
     def check_blocks(self) -> None:
@@ -124,6 +124,23 @@ class DecoderConfig(PreTrainedConfig):
                             f"All blocks share one {name!r}, but they ask for {shared[name]} and {module}."
                         )
         return shared
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of the first sparse block (0 if there is none), where other tools look for them."""
+        return next((block["feed_forward"]["num_experts"] for block in self.sparse_blocks), 0)
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Experts per token of the first sparse block (0 if there is none)."""
+        block = next(iter(self.sparse_blocks), None)
+        return block["feed_forward"]["router"].get("top_k", self.num_experts) if block else 0
+
+    @property
+    def sparse_blocks(self) -> list[dict[str, Any]]:
+        """The blocks that route, in the order of the pattern."""
+        used = [self.blocks[name] for name in self.block_pattern]
+        return [block for block in used if block.get("feed_forward", {}).get("type") == "moe"]
 
     @property
     def layer_types(self) -> list[str]:

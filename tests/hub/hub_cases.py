@@ -1,5 +1,7 @@
 """The models that the hub tests go through: every architecture, and several compositions of the free one."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +10,9 @@ from transformers import PreTrainedModel
 import hf_moe
 from hf_moe.modeling import DecoderConfig
 from hf_moe.testing import tiny_config
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "contract"))
+import specs
 
 ATTENTION = {"type": "attention"}
 DENSE = {"type": "parallel", "mixer": ATTENTION, "feed_forward": {"type": "mlp", "intermediate_size": 48}}
@@ -42,6 +47,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (model type, overrid
             "block_pattern": ["dense", "shared", "recurrent"],
             "num_hidden_layers": 3,
             "sliding_window": 8,
+        },
+    ),
+    "hf_moe_every_mixer": (
+        "hf_moe",
+        {
+            "blocks": {name: {"type": "mixer_only", "mixer": mixer} for name, mixer in specs.MIXERS.items()},
+            "num_hidden_layers": len(specs.MIXERS),
         },
     ),
     "bam": ("bam", {}),

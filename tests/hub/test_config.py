@@ -46,6 +46,10 @@ own = {
             "sliding_window": st.none() | sizes,
         }
     ),
+    "based": st.fixed_dictionaries({"num_hidden_layers": st.integers(3, 4), "intermediate_size": sizes}),
+    "peripheral_lm": st.fixed_dictionaries(
+        {"q_lora_rank": st.none() | sizes, "rope_interleave": st.booleans(), "intermediate_size": sizes}
+    ),
     "rmoe": st.fixed_dictionaries(
         {
             "moe_intermediate_size": sizes,
@@ -69,6 +73,7 @@ own = {
             "factorize_down": st.booleans(),
         }
     ),
+    "sigma": st.fixed_dictionaries({"query_size": st.sampled_from([16, 48]), "intermediate_size": sizes}),
     "switchhead": st.fixed_dictionaries(
         {
             "num_key_value_heads": st.none(),
@@ -100,8 +105,9 @@ def configs(draw: st.DrawFn) -> DecoderConfig:
     model_type = draw(st.sampled_from(sorted(hf_moe.ARCHITECTURES)))
     queries, keys = draw(heads)
     fields = {**draw(common), "num_attention_heads": queries, "num_key_value_heads": keys}
-    if model_type in own:
-        return tiny_config(model_type, **{**fields, **draw(experts), **draw(own[model_type])})
+    if model_type != "hf_moe":
+        routed = draw(experts) if model_type in ("bam", "rmoe", "mole") else {}  # the others' feed-forwards are dense
+        return tiny_config(model_type, **{**fields, **routed, **draw(own[model_type])})
     named = draw(st.dictionaries(st.sampled_from("abc"), blocks(), min_size=1))
     pattern = draw(st.none() | st.lists(st.sampled_from(sorted(named)), min_size=1, max_size=4))
     return tiny_config(model_type, **fields, blocks=named, block_pattern=pattern)

@@ -277,14 +277,16 @@ def test_moa(norm_topk_prob, heads):
         )
 
 
-@pytest.mark.parametrize("config,published", [(MoaConfig.base(), 65), (MoaConfig(), 200)], ids=["base", "big"])
-def test_moa_sizes(config, published):
-    """The paper's millions: six encoder layers, six decoder layers with a second attention, 37k tied embeddings."""
+@pytest.mark.parametrize("config", [MoaConfig.base(), MoaConfig()], ids=["base", "default"])
+def test_moa_sizes(config):
+    """E query and output experts of width d, one key head, one value head, a gate; a feed-forward with biases."""
     with torch.device("meta"):
         layer = MoaForCausalLM(config).model.layers[0]
+    width, head, experts = config.hidden_size, config.head_dim, config.num_attention_experts
     attention, feed_forward = (sum(p.numel() for p in m.parameters()) for m in (layer.self_attn, layer.mlp))
-    total = 18 * attention + 12 * feed_forward + 37000 * config.hidden_size
-    assert abs(total / 1e6 - published) < 1
+    assert attention == 2 * experts * width * head + 2 * width * head + experts * width
+    assert feed_forward == 2 * width * config.intermediate_size + config.intermediate_size + width
+    assert config.num_attention_experts_per_tok == layer.self_attn.gate.top_k
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hf_moe.modeling.losses import RouterLogits, router_z_loss, share_of_labels,
 sys.path.insert(0, str(Path(__file__).parent))
 import balance
 
-TYPES = ["bam", "rmoe", "mole", "hf_moe"]
+TYPES = ["bam", "rmoe", "mole", "hf_moe", "moa"]
 
 
 def same(actual: balance.Gradients, expected: balance.Gradients, tolerance: float = 1e-5) -> None:

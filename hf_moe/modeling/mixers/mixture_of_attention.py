@@ -1,7 +1,7 @@
 """Mixture of attention heads: each token chooses the attention experts that query for it, all read one set of keys.
 
-MoA (https://arxiv.org/abs/2210.05144, §3) has experts of one head, JetMoE (https://arxiv.org/abs/2404.07413, §2.2)
-of a group of heads. For the experts e in top_k(W_gate x_t), with weights w, and each of an expert's heads h:
+MoA (https://arxiv.org/abs/2210.05144) has experts of one head, JetMoE (https://arxiv.org/abs/2404.07413) of a group
+of heads. For the experts e in top_k(W_gate x_t), with weights w, and each of an expert's heads h:
 
     q_teh = Wq_eh x_t,    a_teh = sum_s softmax_s(q_teh k_sh / sqrt(d)) v_sh,    y_t = sum_e w_te sum_h Wo_eh a_teh
 

@@ -32,9 +32,7 @@ class CausalConv1d(Part):
         channels, _, width = self.weight.shape
         return hidden_states.new_zeros(hidden_states.shape[0], channels, width - 1)
 
-    def forward(
-        self, inputs: torch.Tensor, state: torch.Tensor, rows: Rows
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, inputs: torch.Tensor, state: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             inputs: (B, T, C).

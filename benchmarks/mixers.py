@@ -1,0 +1,229 @@
+"""Our mixers next to Transformers' torch code of the same layers: ratios taken in one run, on the CPU.
+
+    python -m benchmarks.mixers                       # every section
+    python -m benchmarks.mixers training --time 2048  # one of them
+
+Repetitions of both are interleaved, so that a slow minute of the machine meets both; the ratio is taken pair by pair.
+Peak memory is that of one forward and backward pass in a process of its own: the high-water mark of resident memory
+(`VmHWM`, reset just before) minus what was resident before, so weights and inputs do not count, gradients do.
+"""
+
+import argparse
+import multiprocessing
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import DeepseekV3Config, DynamicCache, KimiLinearConfig, Qwen3NextConfig, logging
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
+from transformers.models.kimi_linear import modeling_kimi_linear as kimi_linear
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
+
+from hf_moe.modeling.mixers import GatedDeltaNet, KimiDeltaAttention, LatentAttention
+from hf_moe.modeling.ops.delta_rule import delta_rule
+from hf_moe.modeling.packing import Rows
+
+WIDTH, HEADS, HEAD_DIM = 512, 4, 128  # key heads = value heads, K = V
+SIDES = ("ours", "transformers")
+Inputs = list[torch.Tensor]
+
+
+class Case(NamedTuple):
+    """Two functions that do the same, and what they are given."""
+
+    inputs: Callable[[int], Inputs]  # of a length
+    ours: Callable[..., torch.Tensor]
+    transformers: Callable[..., torch.Tensor]
+
+
+def delta_inputs(length: int, per_channel: bool) -> Inputs:
+    """Query, key, value, log-decay and beta."""
+    query, key, value = (torch.randn(1, length, HEADS, HEAD_DIM) for _ in range(3))
+    decay = -torch.rand(1, length, HEADS, *[HEAD_DIM] * per_channel)
+    return [x.requires_grad_() for x in (query, key, value, decay, torch.rand(1, length, HEADS))]
+
+
+def our_rule(query: torch.Tensor, key: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    """Transformers' functions normalize and scale, so this must."""
+    query, key = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (query, key))
+    state = query.new_zeros(1, HEADS, HEAD_DIM, HEAD_DIM)
+    return delta_rule(query * HEAD_DIM**-0.5, key, *inputs, state, Rows())[0]
+
+
+def rule_case(native: Callable[..., Any], per_channel: bool) -> Case:
+    """The delta rule alone."""
+    return Case(
+        lambda length: delta_inputs(length, per_channel),
+        our_rule,
+        lambda *inputs: native(*inputs, use_qk_l2norm_in_kernel=True)[0],
+    )
+
+
+def layer_case(mixer: type[Any], native: torch.nn.Module) -> Case:
+    """A whole layer."""
+    config = argparse.Namespace(
+        hidden_size=WIDTH, num_attention_heads=HEADS, head_dim=HEAD_DIM, rms_norm_eps=1e-6, num_hidden_layers=1
+    )
+    ours = mixer(config, 0)
+    for module in (ours, native):
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return Case(
+        lambda length: [torch.randn(1, length, WIDTH, requires_grad=True)],
+        lambda hidden_states: ours(hidden_states, None)[0],
+        native,
+    )
+
+
+def training_case(name: str) -> Case:
+    """Build one case of `training`; the names are those of `TRAINING`."""
+    common = {"hidden_size": WIDTH, "num_hidden_layers": 1, "layer_types": ["linear_attention"]}
+    if name == "gated_delta_net rule":
+        return rule_case(qwen3_next.torch_chunk_gated_delta_rule, per_channel=False)
+    if name == "kimi_delta_attention rule":
+        return rule_case(kimi_linear.chunk_kimi_delta_attention, per_channel=True)
+    if name == "gated_delta_net layer":
+        sizes = {"linear_num_key_heads": HEADS, "linear_num_value_heads": HEADS}
+        widths = {"linear_key_head_dim": HEAD_DIM, "linear_value_head_dim": HEAD_DIM}
+        qwen_config = Qwen3NextConfig(**common, **sizes, **widths)
+        return layer_case(GatedDeltaNet, qwen3_next.Qwen3NextGatedDeltaNet(qwen_config, 0))
+    sizes = {"linear_num_heads": HEADS, "linear_head_dim": HEAD_DIM, "mlp_layer_types": ["dense"]}
+    kimi_config = KimiLinearConfig(**common, **sizes)
+    return layer_case(KimiDeltaAttention, kimi_linear.KimiLinearDeltaAttention(kimi_config, 0))
+
+
+TRAINING = {  # case -> at most how often, and at least how many times as fast as Transformers
+    "gated_delta_net rule": (15, 1.0),
+    "gated_delta_net layer": (15, 1.0),
+    "kimi_delta_attention rule": (3, 1.5),
+    "kimi_delta_attention layer": (3, 1.5),
+}
+
+
+def step(work: Callable[..., torch.Tensor], inputs: Inputs) -> None:
+    """Forward and backward pass."""
+    work(*inputs).sum().backward()
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def compare(ours: Callable[[], Any], peer: Callable[[], Any], repetitions: int) -> tuple[float, float, list[float]]:
+    """Median seconds of both, and the quartiles of how many times as long the peer takes."""
+    ours(), peer()  # warm-up
+    pairs = [(seconds(ours), seconds(peer)) for _ in range(repetitions)]
+    mine, theirs = (statistics.median(times) for times in zip(*pairs))
+    return mine, theirs, statistics.quantiles((theirs / mine for mine, theirs in pairs), n=4)
+
+
+def resident(field: str) -> int:
+    """Bytes of resident memory: `VmRSS` now, or `VmHWM` at most."""
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match, field
+    return int(match[1]) * 1024
+
+
+def measure_peak(name: str, side: str, length: int, threads: int) -> int:
+    """Peak memory of one step, in a fresh process."""
+    torch.set_num_threads(threads)
+    case = training_case(name)
+    work = getattr(case, side)
+    step(work, case.inputs(64))  # what is set up once
+    inputs = case.inputs(length)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    step(work, inputs)
+    return resident("VmHWM") - before
+
+
+def peak_memory(*arguments: Any) -> int:
+    """`measure_peak` of these arguments, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure_peak, arguments)
+
+
+def training(args: argparse.Namespace) -> None:
+    """Forward and backward pass of a long sequence: time and peak memory."""
+    print(f"forward + backward, fp32, 1 x {args.time} tokens, width {WIDTH}, {HEADS} heads, K = V = {HEAD_DIM}")
+    for name, (most, bar) in TRAINING.items():
+        case = training_case(name)
+        inputs = case.inputs(args.time)
+        works = [lambda side=side: step(getattr(case, side), inputs) for side in SIDES]  # noqa: B023
+        mine, theirs, (low, median, high) = compare(*works, min(most, args.repetitions))
+        memory = [peak_memory(name, side, args.time, args.threads) / 2**20 for side in SIDES]
+        print(
+            f"{name:<27} ours {mine:7.3f} s {memory[0]:6.0f} MiB   transformers {theirs:7.3f} s {memory[1]:6.0f} MiB   "
+            f"{median:5.2f} times as fast [{low:.2f}, {high:.2f}] (bar {bar})   "
+            f"memory {memory[0] / memory[1]:.2f} (bar 0.50)",
+            flush=True,
+        )
+
+
+LATENT = {"kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "q_lora_rank": None}
+
+
+@torch.no_grad()
+def latent_decode(args: argparse.Namespace) -> None:
+    """One token after a long context: attending to the latents against expanding all of them first."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    config = DeepseekV3Config(hidden_size=WIDTH, **heads, **LATENT, attn_implementation="sdpa")
+    native, absorbed, expanded = (
+        deepseek_v3.DeepseekV3Attention(config, 0),
+        *(LatentAttention(config, 0, **LATENT) for _ in "ab"),
+    )
+    expanded.absorbs = lambda *_: False
+    layers = [layer.eval() for layer in (absorbed, expanded, native)]
+    for layer in layers:
+        layer.load_state_dict(native.state_dict())
+    print(f"one token, fp32, width {WIDTH}, 8 heads, {LATENT}")
+    for context in (1024, 8192, 32768):
+        hidden_states, tables = torch.randn(1, 1, WIDTH), (torch.ones(1, 1, 32), torch.zeros(1, 1, 32))
+        cache = DynamicCache()
+        cache.update(torch.randn(1, 1, context, 128), torch.randn(1, 1, context, 32), 0)
+
+        def decode(layer: torch.nn.Module, cache=cache, inputs=(hidden_states, tables, None, cache)) -> torch.Tensor:
+            output = layer(*inputs)[0]
+            cache.crop(-1)
+            return output
+
+        for peer, name in ((expanded, "expanded"), (native, "transformers")):
+            torch.testing.assert_close(decode(absorbed), decode(peer), atol=1e-4, rtol=1e-4)
+            works = [lambda layer=layer: decode(layer) for layer in (absorbed, peer)]
+            mine, theirs, (low, median, high) = compare(*works, args.repetitions)
+            bar = " (bar 3)" if context == 8192 else ""
+            print(
+                f"context {context:6} absorbed {mine * 1e3:6.2f} ms   {name:<12} {theirs * 1e3:7.2f} ms   "
+                f"{median:5.2f} times as fast [{low:.2f}, {high:.2f}]{bar}",
+                flush=True,
+            )
+
+
+SECTIONS = {"training": training, "latent_decode": latent_decode}
+
+
+def main() -> None:
+    """Run the sections that the command line names, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="default: all")
+    parser.add_argument("--time", type=int, default=4096, help="tokens of a training sequence")
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    logging.set_verbosity_error()  # Transformers says that it falls back to torch: that is what is measured
+    print(f"torch {torch.__version__}, {args.threads} threads")
+    for name in args.sections or SECTIONS:
+        SECTIONS[name](args)
+
+
+if __name__ == "__main__":
+    main()
