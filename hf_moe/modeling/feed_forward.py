@@ -145,13 +145,9 @@ class SparseMoe(FeedForward):
             if self.shared_expert_gate is not None:
                 shared = self.shared_expert_gate(hidden_states).sigmoid() * shared
             output = output + shared
-        losses = None
-        if context.losses:  # the mask is on the first layer's device
-            mask = None if context.token_mask is None else context.token_mask.to(tokens.device)
-            losses = self.gate.losses(routing, mask)
         # a router without a state of its own hands on what it received
         state = router_state if routing.state is None else routing.state
-        return output, state, losses
+        return output, state, self.gate.wanted_losses(routing, context)
 
 
 FEED_FORWARDS: dict[str, type[FeedForward]] = {

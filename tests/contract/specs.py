@@ -65,6 +65,10 @@ PRODUCT = {}  # every mixer with every router; blocks and experts take turns, so
 for number, (mixer, router) in enumerate(itertools.product(MIXERS, ROUTERS)):
     kind, experts = BLOCKS[number % len(BLOCKS)], list(EXPERTS)[number // len(BLOCKS) % len(EXPERTS)]
     PRODUCT[f"{kind}-{mixer}-{router}-{experts}"] = {"b": block(MIXERS[mixer], moe(router, experts), kind)}
+AMF = {  # Hunyuan-TurboS: attention, Mamba-2, feed-forward, each with a residual of its own
+    "a": {"type": "mixer_only", "mixer": {**ATTENTION, "qk_norm": True}},
+    "mf": block(MIXERS["mamba2"], moe()),
+}
 VARIANTS = {  # options, and stacks of different blocks
     "dense": {"b": block(ATTENTION, {"type": "mlp", "intermediate_size": 48})},
     "qk_norm-biases": {"b": block({**ATTENTION, "qk_norm": True, "qkv_bias": True, "output_bias": True}, moe())},
@@ -116,6 +120,7 @@ VARIANTS = {  # options, and stacks of different blocks
         "a": block(MIXERS["based"], moe()),
         "b": block({**ATTENTION, "sliding": True}, moe()),
     },
+    "hybrid-amf": AMF,
     "dense-then-recurrent": {
         "a": block(ATTENTION, {"type": "mlp", "intermediate_size": 48}),
         "b": block(ATTENTION, moe("recurrent")),

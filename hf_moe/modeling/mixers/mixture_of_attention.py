@@ -117,8 +117,4 @@ class MixtureOfAttention(Mixer):
         output = rows.sum(rows.linear(output, self.o_proj)).to(tokens.dtype).view_as(hidden_states)
         if self.o_bias is not None:
             output = output + self.o_bias
-        losses = None
-        if context.losses:  # the mask is on the first layer's device
-            mask = None if context.token_mask is None else context.token_mask.to(tokens.device)
-            losses = self.gate.losses(routing, mask)
-        return output, weights, losses
+        return output, weights, self.gate.wanted_losses(routing, context)

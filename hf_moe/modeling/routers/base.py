@@ -52,3 +52,10 @@ class Router(Part):
         """(2,): Switch loss (1 at perfect balance) and z-loss of this call."""
         balance = switch_loss(self.scores(routing.logits), routing.indices, routing.weights, token_mask)
         return torch.stack([balance, router_z_loss(routing.logits, token_mask)])
+
+    def wanted_losses(self, routing: Routing, context: ForwardContext) -> torch.Tensor | None:
+        """`losses` of this call without the padding, if anybody asked for them."""
+        if not context.losses:
+            return None
+        mask = context.token_mask  # on the first layer's device
+        return self.losses(routing, None if mask is None else mask.to(routing.logits.device))
