@@ -7,6 +7,7 @@ cannot repeat or select rows, and cannot be cropped; `RecurrentLayer` does all o
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
     Cache,
@@ -171,9 +172,50 @@ class BooleanMasks:
     _attn_implementation, is_causal = "sdpa", True
 
 
-def create_explicit_mask(config: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """(B, 1, T, S) boolean, True where a token may look, whatever attention kernel the other layers use."""
-    return create_causal_mask(BooleanMasks, *args, allow_is_causal_skip=False, **kwargs)  # pyright: ignore
+def create_explicit_mask(
+    config: Any, inputs_embeds: torch.Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """(B, 1, T, S) boolean, True where a token may look, whatever attention kernel the other layers use.
+
+    Raises:
+        ValueError: a ready mask that is not boolean, and does not say yes (0) or no (very negative) either.
+    """
+    if getattr(attention_mask, "ndim", 4) == 4 and attention_mask is not None:
+        return as_boolean(attention_mask)
+    return create_causal_mask(
+        BooleanMasks,  # pyright: ignore[reportArgumentType] - stands in for a config
+        inputs_embeds,
+        attention_mask,
+        *args,
+        allow_is_causal_skip=False,
+        **kwargs,
+    )
+
+
+def as_boolean(mask: Any) -> torch.Tensor:
+    """A ready (B, 1, T, S) mask as yes or no."""
+    if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
+        return mask
+    if not isinstance(mask, torch.Tensor) or not (is_compiling() or ((mask == 0) | (mask <= -1e4)).all()):
+        raise ValueError(
+            "A mixer that chooses its keys needs a boolean mask (True: may look), or an additive one of 0 and very "
+            "negative numbers: biases and flex attention's block masks cannot be honoured."
+        )
+    return mask == 0
+
+
+def create_row_mask(config: Any, inputs_embeds: torch.Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    """(B, T) which tokens are real, or None if all are.
+
+    Raises:
+        ValueError: a ready mask per pair of tokens, which a recurrence cannot honour.
+    """
+    if attention_mask is not None and getattr(attention_mask, "ndim", 4) != 2:
+        raise ValueError(
+            "Recurrent layers read a row from left to right and cannot honour a mask per pair of tokens: pass a "
+            "two-dimensional padding mask, or tell packed sequences apart by position_ids."
+        )
+    return create_recurrent_attention_mask(config, inputs_embeds, attention_mask, **kwargs)
 
 
 class CacheMemory(NamedTuple):
@@ -200,5 +242,5 @@ def cache_memory(cache: Cache) -> CacheMemory:
 
 STATIC_LAYER_TYPE_MAPPING["recurrent"] = RecurrentLayer  # its size never changes: the same class serves both
 STATIC_LAYER_TYPE_MAPPING["masked_attention"] = StaticMaskedLayer
-LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["recurrent"] = create_recurrent_attention_mask
+LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["recurrent"] = create_row_mask
 LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING["masked_attention"] = create_explicit_mask

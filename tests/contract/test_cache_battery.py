@@ -116,6 +116,28 @@ def test_packed_rows_refuse_a_cache(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_ready_masks_are_honoured_or_refused(model, kind):
+    """A mask per pair of tokens: here two sequences in one row, each causal by itself."""
+    apart = torch.block_diag(torch.ones(6, 6), torch.ones(4, 4)).tril().bool()[None, None].expand(2, 1, -1, -1)
+    mask = (
+        apart if kind == "boolean" else torch.zeros(2, 1, 10, 10).masked_fill(~apart, torch.finfo(torch.float32).min)
+    )
+    position_ids = torch.tensor([[*range(6), *range(4)]])
+    if "recurrent" in model.config.layer_types:
+        with pytest.raises(ValueError, match="two-dimensional padding mask"):
+            model(X, attention_mask=mask, position_ids=position_ids)
+        return
+    if is_sliding(model):
+        pytest.skip("every kind of layer gets the same ready mask, and this one has no window")
+    logits = model(X, attention_mask=mask, position_ids=position_ids).logits
+    close(logits, torch.cat([model(X[:, :6]).logits, model(X[:, 6:]).logits], 1))
+    if "masked_attention" in model.config.layer_types:
+        with pytest.raises(ValueError, match="needs a boolean mask"):
+            model(X, attention_mask=torch.randn(2, 1, 10, 10))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("steps", [(10,), (4, 6), (4, 3, 1, 1, 1)], ids=str)
 def test_crop_goes_back(model, steps):
     """Whatever pieces the last tokens came in, a crop and other tokens after it leave no trace of them."""
