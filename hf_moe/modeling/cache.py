@@ -174,7 +174,7 @@ class BooleanMasks:
 
 def create_explicit_mask(
     config: Any, inputs_embeds: torch.Tensor, attention_mask: Any, *args: Any, **kwargs: Any
-) -> torch.Tensor:
+) -> Any:
     """(B, 1, T, S) boolean, True where a token may look, whatever attention kernel the other layers use.
 
     Raises:

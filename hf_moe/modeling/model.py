@@ -114,7 +114,7 @@ class DecoderModel(DecoderPreTrainedModel):
         segments = find_segments(inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
         if position_ids is None:
             position_ids = positions_of(segments, inputs_embeds, past_key_values)
-        if segments is not None and "flash" in self.config._attn_implementation:
+        if segments is not None and "flash" in (self.config._attn_implementation or ""):
             check_flash(attention_mask, segments, "cu_seq_lens_q" in kwargs)
             attention_mask = None
         masks = self.layer_masks(attention_mask, inputs_embeds, past_key_values, position_ids, segments)
@@ -158,7 +158,9 @@ class DecoderModel(DecoderPreTrainedModel):
             return attention_mask
         if past_key_values is not None and "sliding_attention" in self.config.layer_types:
             check_window(attention_mask, self.config.sliding_window)
-        packed = {} if segments is None else {"and_mask_function": packed_sequence_mask_function(segments)}
+        packed: dict[str, Any] = (
+            {} if segments is None else {"and_mask_function": packed_sequence_mask_function(segments)}
+        )
         masks: Any = create_masks_for_generate(
             self.config, inputs_embeds, attention_mask, past_key_values, position_ids, **packed
         )

@@ -17,6 +17,7 @@ class Mixer(Part):
     Attention weights are None where the kernel makes none, balance losses where nothing is routed or nobody asked.
     """
 
+    layer_idx: int
     layer_type: ClassVar[str] = "full_attention"  # which Transformers cache and mask it uses
 
     @classmethod
