@@ -158,9 +158,11 @@ class DecoderModel(DecoderPreTrainedModel):
             return attention_mask
         if past_key_values is not None and "sliding_attention" in self.config.layer_types:
             check_window(attention_mask, self.config.sliding_window)
-        packed: dict[str, Any] = (
-            {} if segments is None else {"and_mask_function": packed_sequence_mask_function(segments)}
-        )
+        packed: dict[str, Any] = {}
+        if segments is not None and attention_mask is not None:
+            packed = {"and_mask_function": packed_sequence_mask_function(segments)}
+        elif segments is not None:  # Transformers finds them itself, and would not expect them in a mask function too
+            position_ids = positions_of(segments, inputs_embeds)
         masks: Any = create_masks_for_generate(
             self.config, inputs_embeds, attention_mask, past_key_values, position_ids, **packed
         )

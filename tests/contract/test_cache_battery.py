@@ -62,9 +62,9 @@ def test_chunked_prefill_with_padding(model, side):
 
 
 PACKED = {
-    "position_ids": {"position_ids": torch.cat([torch.arange(6), torch.arange(3), torch.arange(5)])[None]},
-    "cu_seq_lens_q": {"cu_seq_lens_q": torch.tensor([0, 6, 9, 14], dtype=torch.int32)},
-    "seq_idx": {"seq_idx": torch.tensor([[0] * 6 + [1] * 3 + [2] * 5], dtype=torch.int32)},
+    "position_ids": {"position_ids": torch.cat([torch.arange(3), torch.arange(6), torch.arange(5)])[None]},
+    "cu_seq_lens_q": {"cu_seq_lens_q": torch.tensor([0, 3, 9, 14], dtype=torch.int32)},
+    "seq_idx": {"seq_idx": torch.tensor([[0] * 3 + [1] * 6 + [2] * 5], dtype=torch.int32)},
 }
 PACKED["ones"] = {**PACKED["position_ids"], "attention_mask": torch.ones(1, 14, dtype=torch.long)}
 PACKED["trl"] = {**PACKED["position_ids"], **PACKED["cu_seq_lens_q"], **PACKED["seq_idx"]}
@@ -73,7 +73,7 @@ PACKED["trl"] = {**PACKED["position_ids"], **PACKED["cu_seq_lens_q"], **PACKED["
 @pytest.mark.parametrize("how", PACKED)
 def test_packed_sequences_do_not_meet(model, how):
     """However they are told apart: logits and gradients of the separate sequences."""
-    pieces = [X[:1, :6], X[1:, :3], X[1:, 5:]]
+    pieces = [X[:1, :3], X[1:, :6], X[1:, 5:]]  # a longer one behind a shorter one
     packed = model(torch.cat(pieces, 1), **PACKED[how]).logits
     close(packed, torch.cat([model(piece).logits for piece in pieces], 1))
     packed.square().sum().backward()

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 from hf_moe.modeling.losses import RouterLogits, router_z_loss, share_of_labels, switch_loss
 
@@ -25,12 +23,6 @@ def same(actual: balance.Gradients, expected: balance.Gradients, tolerance: floa
         torch.testing.assert_close(
             actual[name], gradient, atol=tolerance, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
-
-
-@pytest.fixture
-def tokenizer():
-    vocabulary = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 class TestValues:
