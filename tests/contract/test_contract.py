@@ -242,7 +242,10 @@ def test_generate_beams_samples_and_looks_up(model):
 
 
 @torch.no_grad()
-def test_compiles_in_one_graph(model):
+@pytest.mark.parametrize("row", specs.FEED_FORWARD_ROWS)
+def test_compiles_in_one_graph(row):
+    """Every kind of feed-forward; the cache battery compiles every mixer."""
+    model = specs.build(row)
     expected = model(X).logits
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
