@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 HOST_TESTS := $(ONE_THREAD) $(BIN)/python -m pytest tests/host
 
-.PHONY: help quickstart test check style test-host test-slow bench clean
+.PHONY: help quickstart test check style test-host test-slow test-gpu bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -39,8 +39,12 @@ test-host: $(VENV)/.installed  ## Transformers' own model tests over every archi
 test-slow: $(VENV)/.installed  ## the tests marked slow
 	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 -m slow
 
+test-gpu: $(VENV)/.installed  ## the tests that need CUDA: kernels against their twins in torch, every mixer, offloaded caches
+	$(BIN)/python -m pytest -m gpu
+
 bench: $(VENV)/.installed  ## our blocks next to Transformers', as ratios
 	$(BIN)/python -m benchmarks.feed_forward
+	$(BIN)/python -m benchmarks.mixers
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
