@@ -3,13 +3,19 @@
     python -m benchmarks.mixers                       # every section
     python -m benchmarks.mixers training --time 2048  # one of them
 
+Sections named `decoding`, `latent`, `prefill` and `memory` are those of `benchmarks.decoding`, which describes them.
+
 Repetitions of both are interleaved, so that a slow minute of the machine meets both; the ratio is taken pair by pair.
 Peak memory is that of one forward and backward pass in a process of its own: the high-water mark of resident memory
-(`VmHWM`, reset just before) minus what was resident before, so weights and inputs do not count, gradients do.
+(`VmHWM`, reset just before) minus what was resident before, so weights and inputs do not count, gradients do. The
+process returns large blocks to the system at once (`MALLOC_MMAP_THRESHOLD_`): holes in its heap do not count either.
 """
 
 import argparse
+import importlib
+import importlib.util
 import multiprocessing
+import os
 import re
 import statistics
 import time
@@ -26,6 +32,8 @@ from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 from hf_moe.modeling.mixers import GatedDeltaNet, KimiDeltaAttention, LatentAttention
 from hf_moe.modeling.ops.delta_rule import delta_rule
 from hf_moe.modeling.packing import Rows
+
+from . import decoding
 
 WIDTH, HEADS, HEAD_DIM = 512, 4, 128  # key heads = value heads, K = V
 SIDES = ("ours", "transformers")
@@ -47,11 +55,9 @@ def delta_inputs(length: int, per_channel: bool) -> Inputs:
     return [x.requires_grad_() for x in (query, key, value, decay, torch.rand(1, length, HEADS))]
 
 
-def our_rule(query: torch.Tensor, key: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-    """Transformers' functions normalize and scale, so this must."""
-    query, key = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (query, key))
-    state = query.new_zeros(1, HEADS, HEAD_DIM, HEAD_DIM)
-    return delta_rule(query * HEAD_DIM**-0.5, key, *inputs, state, Rows())[0]
+def our_rule(*inputs: torch.Tensor) -> torch.Tensor:
+    """The rule from an empty state."""
+    return delta_rule(*inputs, torch.zeros(1, HEADS, HEAD_DIM, HEAD_DIM), Rows())[0]
 
 
 def rule_case(native: Callable[..., Any], per_channel: bool) -> Case:
@@ -146,6 +152,7 @@ def measure_peak(name: str, side: str, length: int, threads: int) -> int:
 
 def peak_memory(*arguments: Any) -> int:
     """`measure_peak` of these arguments, in a process of its own."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)  # glibc reads it when a process starts
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(measure_peak, arguments)
 
@@ -160,7 +167,7 @@ def training(args: argparse.Namespace) -> None:
         mine, theirs, (low, median, high) = compare(*works, min(most, args.repetitions))
         memory = [peak_memory(name, side, args.time, args.threads) / 2**20 for side in SIDES]
         print(
-            f"{name:<27} ours {mine:7.3f} s {memory[0]:6.0f} MiB   transformers {theirs:7.3f} s {memory[1]:6.0f} MiB   "
+            f"{name:<27} ours {mine:.3f} s, {memory[0]:.0f} MiB   transformers {theirs:.3f} s, {memory[1]:.0f} MiB   "
             f"{median:5.2f} times as fast [{low:.2f}, {high:.2f}] (bar {bar})   "
             f"memory {memory[0] / memory[1]:.2f} (bar 0.50)",
             flush=True,
@@ -206,7 +213,39 @@ def latent_decode(args: argparse.Namespace) -> None:
             )
 
 
-SECTIONS = {"training": training, "latent_decode": latent_decode}
+def kernel_works(per_channel: bool, length: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Forward and backward pass in bf16 on a GPU: through our rule, and of fla's kernel called directly."""
+    module, name = ("kda", "chunk_kda") if per_channel else ("gated_delta_rule", "chunk_gated_delta_rule")
+    kernel = getattr(importlib.import_module(f"fla.ops.{module}"), name)
+    query, key, value, decay, beta = (x.detach().cuda() for x in delta_inputs(length, per_channel))
+    inputs = [x.requires_grad_() for x in (query.bfloat16(), key.bfloat16(), value.bfloat16(), decay, beta)]
+    state = torch.zeros(1, HEADS, HEAD_DIM, HEAD_DIM, device="cuda")
+    options = {"initial_state": state, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+
+    def finish(output: torch.Tensor) -> None:
+        output.sum().backward()
+        torch.cuda.synchronize()
+
+    return lambda: finish(delta_rule(*inputs, state, Rows())[0]), lambda: finish(kernel(*inputs, **options)[0])
+
+
+def kernels(args: argparse.Namespace) -> None:
+    """On a GPU: what we add to fla's kernels."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("fla") is None:
+        print("kernels: left out, needs CUDA and flash-linear-attention")
+        return
+    print(f"forward + backward, bf16, {torch.cuda.get_device_name()}, {HEADS} heads, K = V = {HEAD_DIM}")
+    for name, per_channel in (("gated_delta_net rule", False), ("kimi_delta_attention rule", True)):
+        for length in (args.time, 8 * args.time):
+            mine, theirs, (low, median, high) = compare(*kernel_works(per_channel, length), 20 * args.repetitions)
+            print(
+                f"{name:<27} {length:6} tokens   ours {mine * 1e3:.3f} ms   fla {theirs * 1e3:.3f} ms   "
+                f"{median:.3f} times as fast [{low:.3f}, {high:.3f}] (bar 0.97)",
+                flush=True,
+            )
+
+
+SECTIONS = {"training": training, "latent_decode": latent_decode, "kernels": kernels, **decoding.SECTIONS}
 
 
 def main() -> None:
@@ -216,7 +255,7 @@ def main() -> None:
     parser.add_argument("--time", type=int, default=4096, help="tokens of a training sequence")
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
+    args = parser.parse_args(namespace=argparse.Namespace(device="cpu"))
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     logging.set_verbosity_error()  # Transformers says that it falls back to torch: that is what is measured

@@ -11,18 +11,18 @@ from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delt
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from hf_moe.modeling.ops import kernels
-from hf_moe.modeling.ops.delta_rule import delta_rule
+from hf_moe.modeling.ops.delta_rule import DELTA_SPAN, delta_rule
 from hf_moe.modeling.packing import Rows
 
 PLAIN = Rows()
 KINDS = ("per_head", "per_channel")
 
 
-def make(kind, time, batch=2, heads=2, key=3, value=2, dtype=torch.float64, seed=0):
+def make(kind, time, batch=2, heads=2, groups=1, key=3, value=2, dtype=torch.float64, seed=0):
     """Query, key, value, log-decay, beta and state, all leaves."""
     torch.manual_seed(seed)
-    query = torch.randn(batch, time, heads, key)
-    keys = torch.nn.functional.normalize(torch.randn(batch, time, heads, key), dim=-1)
+    query = torch.randn(batch, time, heads // groups, key)
+    keys = torch.randn(batch, time, heads // groups, key)
     decay = -torch.rand(batch, time, heads, key) * 10 ** torch.randint(-2, 2, (batch, time, heads, 1))
     tensors = (
         query,
@@ -36,8 +36,10 @@ def make(kind, time, batch=2, heads=2, key=3, value=2, dtype=torch.float64, seed
 
 
 def naive(query, key, value, log_decay, beta, state, rows=PLAIN):
-    """S' = diag(exp(g)) S, S = S' + k beta (v - k^T S')^T, o = S^T q: one row, one head, one token at a time."""
+    """S' = diag(exp(g)) S, S = S' + k beta (v - k^T S')^T, o = S^T q for unit k and q / sqrt(K), token by token."""
     outputs, states = [], []
+    query, key = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
+    query, key = (x.repeat_interleave(value.shape[2] // x.shape[2], 2) for x in (query / query.shape[-1] ** 0.5, key))
     for b in range(query.shape[0]):
         for h in range(query.shape[2]):
             s = state[b, h]
@@ -66,10 +68,10 @@ def close(actual, expected, tolerance=1e-10):
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("time", [1, 2, 7, 64, 65])
+@pytest.mark.parametrize("time,groups", [(1, 1), (1, 2), (2, 1), (7, 2), (64, 1), (65, 2)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_recurrence(kind, time):
-    inputs = make(kind, time)
+def test_equals_the_recurrence(kind, time, groups):
+    inputs = make(kind, time, heads=4, groups=groups)
     close(train(lambda *x: delta_rule(*x, PLAIN), inputs), train(naive, inputs))
 
 
@@ -119,8 +121,8 @@ def test_equals_transformers(kind, native):
     inputs = make(kind, 130, key=8, value=8, dtype=torch.float32)
 
     def theirs(query, key, value, log_decay, beta, state):
-        scaled = query * query.shape[-1] ** 0.5  # they scale queries themselves
-        return native(scaled, key, value, g=log_decay, beta=beta, initial_state=state, output_final_state=True)
+        options = {"initial_state": state, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+        return native(query, key, value, g=log_decay, beta=beta, **options)
 
     close(train(lambda *x: delta_rule(*x, PLAIN), inputs), train(theirs, inputs), 2e-5)
 
@@ -184,7 +186,7 @@ def test_half_precision(kind, time):
 @pytest.mark.parametrize("kind", KINDS)
 def test_keeps_inputs_and_one_state_per_span(kind):
     """What stays in memory for the backward pass."""
-    inputs, saved = make(kind, 2048, batch=1), {}
+    inputs, saved = make(kind, 4 * DELTA_SPAN, batch=1), {}
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.setdefault(x.data_ptr(), x), lambda x: x):
         delta_rule(*inputs, PLAIN)
     assert sum(x.numel() for x in saved.values()) == sum(x.numel() for x in inputs[:5]) + 4 * inputs[5].numel()

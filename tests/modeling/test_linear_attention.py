@@ -78,6 +78,17 @@ def test_equals_the_recurrence(time, decay, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("decay", DECAYS)
+def test_spans_change_nothing(decay, layout, monkeypatch):
+    time = 3 * CHUNK + 3
+    tensors, rows = inputs(time, decay), rows_of(layout, time)
+    together = gradients(linear_attention, tensors, rows)
+    monkeypatch.setattr("hf_moe.modeling.ops.linear_attention.SPAN", 2 * CHUNK)
+    for mine, expected in zip(gradients(linear_attention, tensors, rows), together):
+        torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("decay", DECAYS)
 def test_piece_by_piece_is_the_whole(decay, layout):
     time = 2 * CHUNK + 3
     query, key, value, state, gate = inputs(time, decay)

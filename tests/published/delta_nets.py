@@ -13,6 +13,8 @@ from hf_moe.modeling.packing import Rows
 
 def exact(mixer: Any) -> Any:
     """The mixer with a norm that computes in float64: Transformers' computes in fp32 whatever it is given."""
+    if mixer.gated:
+        return mixer
     norm = torch.nn.RMSNorm(mixer.value_head_dim, eps=1e-6)
     norm.weight = mixer.o_norm.weight
     mixer.o_norm = norm

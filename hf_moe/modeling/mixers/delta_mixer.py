@@ -1,7 +1,7 @@
 """What Gated DeltaNet and Kimi Delta Attention have in common; a subclass says how a state forgets.
 
     q, k = l2(silu(conv(W_q x))), l2(silu(conv(W_k x))),   v = silu(conv(W_v x)),   beta = sigmoid(W_b x)
-    o = delta_rule(q / sqrt(K), k, v, log decay, beta),    y = W_o (RMSNorm(o) * activation(W_g x))
+    o = delta_rule(q / sqrt(K), k, v, log alpha, beta),    y = W_o (RMSNorm(o) * gate(x))
 
 Letters: B batch, T time, D width, H value heads, K key width, V value width of a head.
 """
@@ -17,6 +17,7 @@ from transformers import initialization as init
 from ..layers import RMSNorm
 from ..ops.convolution import CausalConv1d
 from ..ops.delta_rule import at_least_fp32, delta_rule
+from ..ops.gated_norm import GatedRMSNorm
 from ..packing import Rows
 from .recurrent_mixer import RecurrentMixer
 
@@ -36,9 +37,11 @@ class DeltaMixer(RecurrentMixer):
         value_head_dim: int | None,
         conv_kernel_size: int,
         allow_neg_eigval: bool,
+        gated: bool,
+        swish: bool,
     ) -> None:
         super().__init__()
-        self.layer_idx, self.allow_neg_eigval = layer_idx, allow_neg_eigval
+        self.layer_idx, self.allow_neg_eigval, self.gated = layer_idx, allow_neg_eigval, gated
         self.num_heads = num_heads or config.num_attention_heads
         self.num_value_heads = num_value_heads or self.num_heads
         self.key_head_dim = key_head_dim or config.head_dim
@@ -52,8 +55,15 @@ class DeltaMixer(RecurrentMixer):
         self.q_conv1d = CausalConv1d(key_size, conv_kernel_size)
         self.k_conv1d = CausalConv1d(key_size, conv_kernel_size)
         self.v_conv1d = CausalConv1d(self.value_size, conv_kernel_size)
-        self.o_norm = RMSNorm(self.value_head_dim, config.rms_norm_eps)
+        norm = (self.value_head_dim, config.rms_norm_eps)
+        self.o_norm = GatedRMSNorm(*norm, swish) if gated else RMSNorm(*norm)
         self.o_proj = nn.Linear(self.value_size, size, bias=False)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Mark the parameters of the decay for optimizers that look; here because loading replaces parameters."""
+        super().register_parameter(name, param)
+        if param is not None and name in ("A_log", "dt_bias"):  # weight decay would pull all rates together
+            param._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]
 
     @classmethod
     def check(
@@ -76,17 +86,15 @@ class DeltaMixer(RecurrentMixer):
         """(B, T, D) -> log decay (B, T, H) or (B, T, H, K), at least fp32, at most 0."""
         raise NotImplementedError
 
-    def output_gate(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """(B, T, D) -> factors (B, T, H V) of the normed output, at least fp32."""
+    def output_gate(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> what the activation of the output's gate is given (B, T, H V)."""
         raise NotImplementedError
 
     def initial_states(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         size = (hidden_states.shape[0], self.num_value_heads, self.key_head_dim, self.value_head_dim)
-        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        return *(conv.initial_state(hidden_states) for conv in convolutions), hidden_states.new_zeros(
-            size, dtype=dtype
-        )
+        convolutions = [conv.initial_state(hidden_states) for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
+        return *convolutions, hidden_states.new_zeros(size, dtype=dtype)
 
     def scan(
         self, hidden_states: torch.Tensor, states: tuple[torch.Tensor, ...], rows: Rows
@@ -94,29 +102,16 @@ class DeltaMixer(RecurrentMixer):
         query, query_state = self.q_conv1d(self.q_proj(hidden_states), states[0], rows)
         key, key_state = self.k_conv1d(self.k_proj(hidden_states), states[1], rows)
         value, value_state = self.v_conv1d(self.v_proj(hidden_states), states[2], rows)
-        query = self.per_value_head(F.silu(query), self.key_head_dim**-0.5)
-        key, value = self.per_value_head(F.silu(key)), F.silu(value).unflatten(-1, (-1, self.value_head_dim))
+        query, key = (F.silu(x.contiguous()).unflatten(-1, (self.num_heads, -1)) for x in (query, key))
+        value = F.silu(value.contiguous()).unflatten(-1, (self.num_value_heads, -1))
         beta = at_least_fp32(self.b_proj(hidden_states)).sigmoid() * (2 if self.allow_neg_eigval else 1)
         decay, owner = self.log_decay(hidden_states), type(self).__name__
         output, state = delta_rule(query, key, value, decay, beta, states[3], rows, owner)
-        output = self.o_norm(at_least_fp32(output)).flatten(2)
-        if (gate := self.output_gate(hidden_states)) is not None:
-            output = output * gate
-        return self.o_proj(output.to(hidden_states.dtype)), (query_state, key_state, value_state, state)
-
-    def per_value_head(self, values: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        """Queries or keys (B, T, heads K) -> the same directions, of length `scale`, per value head (B, T, H, K)."""
-        values = values.unflatten(-1, (-1, self.key_head_dim))
-        squares = at_least_fp32(values).square().sum(-1, keepdim=True)
-        values = (values * (scale * (squares + 1e-6).rsqrt())).to(values.dtype)  # the epsilon of fla and Transformers
-        return values.repeat_interleave(self.num_value_heads // self.num_heads, 2)
-
-
-def decay_parameter(size: int) -> nn.Parameter:
-    """A parameter of the decay, marked as fla's optimizers expect: weight decay would pull all rates together."""
-    parameter = nn.Parameter(torch.empty(size))
-    parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]
-    return parameter
+        if self.gated:
+            output = self.o_norm(output, self.output_gate(hidden_states).view_as(output))
+        else:
+            output = self.o_norm(output)
+        return self.o_proj(output.flatten(2).to(hidden_states.dtype)), (query_state, key_state, value_state, state)
 
 
 def init_decay(rate_log: torch.Tensor, bias: torch.Tensor, slowest: float, fastest: float) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops.delta_rule import at_least_fp32
-from .delta_mixer import DeltaMixer, decay_parameter, init_decay
+from .delta_mixer import DeltaMixer, init_decay
 
 
 class GatedDeltaNet(DeltaMixer):
@@ -48,11 +48,12 @@ class GatedDeltaNet(DeltaMixer):
         allow_neg_eigval: bool = False,
     ) -> None:
         heads, widths = (num_heads, num_value_heads), (key_head_dim, value_head_dim)
-        super().__init__(config, layer_idx, *heads, *widths, conv_kernel_size, allow_neg_eigval)
+        super().__init__(config, layer_idx, *heads, *widths, conv_kernel_size, allow_neg_eigval, gated, swish=True)
         self.a_proj = nn.Linear(config.hidden_size, self.num_value_heads, bias=False)
-        self.g_proj = nn.Linear(config.hidden_size, self.value_size, bias=False) if gated else None
-        self.A_log = decay_parameter(self.num_value_heads)
-        self.dt_bias = decay_parameter(self.num_value_heads)
+        if gated:
+            self.g_proj = nn.Linear(config.hidden_size, self.value_size, bias=False)
+        self.A_log = nn.Parameter(torch.empty(self.num_value_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_value_heads))
 
     def init_weights(self, std: float) -> None:
         init_decay(self.A_log, self.dt_bias, 0.01, 16)
@@ -61,5 +62,5 @@ class GatedDeltaNet(DeltaMixer):
         rate = at_least_fp32(self.A_log).exp()
         return -rate * F.softplus(at_least_fp32(self.a_proj(hidden_states)) + at_least_fp32(self.dt_bias))
 
-    def output_gate(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        return None if self.g_proj is None else F.silu(at_least_fp32(self.g_proj(hidden_states)))
+    def output_gate(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.g_proj(hidden_states)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops.delta_rule import at_least_fp32
-from .delta_mixer import DeltaMixer, decay_parameter, init_decay
+from .delta_mixer import DeltaMixer, init_decay
 
 DECAY_GATES = ("softplus", "bounded")
 
@@ -60,18 +60,17 @@ class KimiDeltaAttention(DeltaMixer):
         allow_neg_eigval: bool = False,
     ) -> None:
         heads, widths = (num_heads, num_value_heads), (key_head_dim, value_head_dim)
-        super().__init__(config, layer_idx, *heads, *widths, conv_kernel_size, allow_neg_eigval)
+        super().__init__(config, layer_idx, *heads, *widths, conv_kernel_size, allow_neg_eigval, gated, swish=False)
         self.is_bounded, self.lower_bound = gate == "bounded", lower_bound
         size, decay_size = config.hidden_size, self.num_value_heads * self.key_head_dim
         rank = self.value_head_dim if low_rank else size
         self.f_a_proj = nn.Linear(size, rank, bias=False) if low_rank else nn.Identity()
         self.f_b_proj = nn.Linear(rank, decay_size, bias=False)
-        self.gated = gated
         if gated:
             self.g_a_proj = nn.Linear(size, rank, bias=False) if low_rank else nn.Identity()
             self.g_b_proj = nn.Linear(rank, self.value_size, bias=gate_bias)
-        self.A_log = decay_parameter(self.num_value_heads)
-        self.dt_bias = decay_parameter(decay_size)
+        self.A_log = nn.Parameter(torch.empty(self.num_value_heads))
+        self.dt_bias = nn.Parameter(torch.empty(decay_size))
 
     @classmethod
     def check(
@@ -94,5 +93,5 @@ class KimiDeltaAttention(DeltaMixer):
         inputs, rate = inputs.unflatten(-1, (-1, self.key_head_dim)), at_least_fp32(self.A_log).exp()[:, None]
         return self.lower_bound * (rate * inputs).sigmoid() if self.is_bounded else -rate * F.softplus(inputs)
 
-    def output_gate(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        return at_least_fp32(self.g_b_proj(self.g_a_proj(hidden_states))).sigmoid() if self.gated else None
+    def output_gate(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.g_b_proj(self.g_a_proj(hidden_states))

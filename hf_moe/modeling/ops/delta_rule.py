@@ -2,7 +2,8 @@
 
     S' = diag(exp(g_t)) S_{t-1},   S_t = S' + k_t beta_t (v_t - k_t^T S')^T,   o_t = S_t^T q_t
 
-Inside a chunk the rule is a triangular system (2412.06464 §3.3). With G the running sum of g and S the incoming state:
+with keys of length 1 and queries of length 1 / sqrt(K), which is how all published layers use it. Inside a chunk
+the rule is a triangular system (2412.06464 §3.3). With G the running sum of g and S the incoming state:
 
     A(x)_ij = sum_c x_ic k_jc exp(G_ic - G_jc) for j <= i,   L = diag(beta) strict_tril(A(k))
     [U, W] = (I + L)^-1 diag(beta) [V, K exp(G)],   E = U - W S
@@ -31,7 +32,7 @@ from ..packing import Rows
 from .kernels import fla_kernel, run_fla
 
 DELTA_CHUNK = 64  # tokens; a short input is one shorter chunk
-DELTA_SPAN = 512  # tokens between two states kept for the backward pass
+DELTA_SPAN = 256  # tokens between two states kept for the backward pass
 WIDEST_KEY = 256  # of the kernels
 
 
@@ -48,8 +49,8 @@ def delta_rule(
     """The rule over T tokens, exact when a sequence comes in several calls.
 
     Args:
-        query: (B, T, H, K), scaled and normalised by the caller, like the key.
-        key: (B, T, H, K).
+        query: (B, T, H', K) of any length, like the key; H' divides H, each serves that many value heads.
+        key: (B, T, H', K).
         value: (B, T, H, V).
         log_decay: (B, T, H), or (B, T, H, K) per channel; at most 0.
         beta: (B, T, H).
@@ -64,8 +65,9 @@ def delta_rule(
         beta, log_decay = rows.keep(beta), rows.keep(log_decay)
     with torch.autocast(query.device.type, enabled=False):
         if kernel := delta_kernel(query, log_decay, owner):
-            half = {"q": query.to(value.dtype), "k": key.to(value.dtype), "v": value}
-            return run_fla(kernel, {**half, "g": log_decay.float(), "beta": beta}, state, rows.segments)
+            named = {"q": query, "k": key, "v": value, "g": log_decay.float(), "beta": beta}
+            scale = query.shape[-1] ** -0.5
+            return run_fla(kernel, named, state, rows.segments, scale=scale, use_qk_l2norm_in_kernel=True)
         log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
         inputs = query, key, value, log_decay, beta[..., None], state
         if query.shape[1] == 1:
@@ -96,15 +98,22 @@ def delta_step(
     state: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The rule for one token: T = 1."""
+    query, key = (unit(at_least_fp32(x)).repeat_interleave(value.shape[2] // x.shape[2], 2) for x in (query, key))
     q, k, g = (at_least_fp32(x).movedim(1, -1) for x in (query, key, log_decay))  # columns (B, H, X, 1)
     v, b = (at_least_fp32(x).transpose(1, 2) for x in (value, beta))  # rows (B, H, 1, X)
     state = at_least_fp32(state) * g.exp()
     state = state + k * (b * (v - k.mT @ state))
-    return (q.mT @ state).transpose(1, 2).to(value.dtype), state
+    output = q.mT @ state * query.shape[-1] ** -0.5
+    return output.transpose(1, 2).to(value.dtype), state
+
+
+def unit(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors of length 1; the epsilon is that of fla and Transformers."""
+    return vectors * (vectors.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
 class ChunkedDeltaRule(torch.autograd.Function):
-    """`apply(query, key, value, log_decay (B, T, H, X), beta (B, T, H, 1), state, sequence numbers)`."""
+    """`apply(query, key, value, log_decay (B, T, H, X), beta (B, T, H, 1), state, sequence_numbers(rows))`."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,6 +143,10 @@ class ChunkedDeltaRule(torch.autograd.Function):
                 solution = solve_chunks(chunks, states[index])
                 arriving = to_chunks(output[:, span], chunks.key.shape[-2])
                 *leaving, state = differentiate_chunks(chunks, solution, arriving, state)
+                leaving[0] = leaving[0] * query.shape[-1] ** -0.5
+                for i in (0, 1):
+                    vectors = to_chunks(inputs[i][:, span], chunks.key.shape[-2])
+                    leaving[i] = differentiate_unit(vectors, leaving[i].unflatten(1, (vectors.shape[1], -1)).sum(2))
                 for total, gradient in zip(totals, leaving):
                     from_chunks(gradient, total[:, span])
         return *totals, state.to(ctx.state_dtype), None
@@ -168,9 +181,11 @@ class DeltaSolution(NamedTuple):
 
 def cut_span(inputs: list[torch.Tensor], numbers: torch.Tensor | None, span: slice) -> DeltaChunks:
     """The columns in `span` of query, key, value, log-decay and beta."""
-    heads, time = inputs[0].shape[2], inputs[0][:, span].shape[1]
+    heads, time = inputs[2].shape[2], inputs[2][:, span].shape[1]
     size = next(c for c in (2, 4, 8, 16, 32, DELTA_CHUNK) if c >= min(time, DELTA_CHUNK))
     query, key, value, log_decay, beta = (to_chunks(x[:, span], size) for x in inputs)
+    query, key = (unit(x).repeat_interleave(value.shape[1] // x.shape[1], 1) for x in (query, key))
+    query = query * query.shape[-1] ** -0.5
     total = log_decay.cumsum(-2)
     rise, fall, decay = total.exp(), sums_after(log_decay).exp(), total[..., -1:, :].exp().mT
     lower = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
@@ -245,6 +260,13 @@ def differentiate_chunks(
     d_log_decay = d_total.flip(-2).cumsum(-2).flip(-2)
     d_state = d_state.view_as(d_last)
     return d_query, d_row + d_column, c.beta * d_values, d_log_decay, d_beta[..., None], d_state
+
+
+def differentiate_unit(vectors: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Gradient of `unit(vectors)` -> that of the vectors: what is orthogonal to them, over their length."""
+    scale = (vectors.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    vectors = vectors * scale
+    return scale * (gradient - vectors * (vectors * gradient).sum(-1, keepdim=True))
 
 
 def decayed_products(c: DeltaChunks) -> tuple[torch.Tensor, torch.Tensor]:

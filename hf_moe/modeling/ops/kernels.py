@@ -63,19 +63,19 @@ def run_fla(
     segments: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a kernel without a scale of its own, from and to fp32 states, on rows that may be packed.
+    """Run a kernel from and to fp32 states, on rows that may be packed.
 
     Args:
         kernel: from `fla_kernel`.
         inputs: its arguments (B, T, ...), by its names for them.
         state: (B, ...) of the sequence in each row's first column.
         segments: (B, T) ids of the packed sequences, or None.
-        options: its other arguments.
+        options: its other arguments; without a scale it gets 1, fla's own default is 1 / sqrt(key width).
 
     Returns:
         Output (B, T, ...) and the state of the sequence in each row's last column.
     """
-    options |= {"scale": 1.0, "output_final_state": True}
+    options = {"scale": 1.0, "output_final_state": True, **options}
     state = state.float()
     if segments is None:
         return kernel(**inputs, initial_state=state, **options)

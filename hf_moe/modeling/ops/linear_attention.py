@@ -8,6 +8,7 @@ https://arxiv.org/abs/2405.21060, section 6; Lightning Attention-2, https://arxi
 Letters: B batch, T time, H heads, K key width, V value width, C tokens of a chunk, n chunks.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from ..packing import Rows
 from .kernels import fla_kernel, run_fla
 
 CHUNK = 64
+SPAN = 1024  # tokens computed together: what many more need does not fit into the caches of a processor
 
 
 def linear_attention(
@@ -78,18 +80,20 @@ def whole_chunks(
     segments: torch.Tensor | None,
     log_decay: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All full chunks together, then the rest as one shorter chunk: there is nothing to pad."""
+    """Full chunks, those of a span together, then the rest as one shorter chunk: there is nothing to pad."""
     time = query.shape[1]
     full = time - time % CHUNK
+    starts = [*range(0, full, SPAN), *[full] * (full < time)]
+    lengths = [stop - start for start, stop in itertools.pairwise([*starts, time])]
+    # split, not sliced: the gradient of a slice is as long as the whole
+    parts = (x.split(lengths, 1) for x in (query, key, value))
+    decays = [log_decay] * len(lengths) if log_decay is None or log_decay.ndim == 1 else log_decay.split(lengths, 1)
     outputs = []
-    for start, stop, size in ((0, full, CHUNK), (full, time, time - full)):
-        if start < stop:
-            part = slice(start, stop)
-            decay = log_decay[:, part] if log_decay is not None and log_decay.ndim == 3 else log_decay
-            sequences = None if segments is None else (segments[:, part], segments[:, max(start - 1, 0), None])
-            factors = chunk_factors(decay, sequences, size, query)
-            output, state = chunks(query[:, part], key[:, part], value[:, part], state, factors, size)
-            outputs.append(output)
+    for start, length, q, k, v, decay in zip(starts, lengths, *parts, decays):
+        span, size = slice(start, start + length), min(CHUNK, length)
+        sequences = None if segments is None else (segments[:, span], segments[:, max(start - 1, 0), None])
+        output, state = chunks(q, k, v, state, chunk_factors(decay, sequences, size, query), size)
+        outputs.append(output)
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state
 
 
