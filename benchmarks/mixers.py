@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import DeepseekV3Config, DynamicCache, KimiLinearConfig, Qwen3NextConfig, logging
-from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek_v3
+from transformers import KimiLinearConfig, Qwen3NextConfig, logging
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi_linear
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
-from hf_moe.modeling.mixers import GatedDeltaNet, KimiDeltaAttention, LatentAttention
+from hf_moe.modeling.mixers import GatedDeltaNet, KimiDeltaAttention
 from hf_moe.modeling.ops.delta_rule import delta_rule
 from hf_moe.modeling.packing import Rows
 
@@ -178,41 +177,6 @@ LATENT = {"kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "
 
 
 @torch.no_grad()
-def latent_decode(args: argparse.Namespace) -> None:
-    """One token after a long context: attending to the latents against expanding all of them first."""
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
-    config = DeepseekV3Config(hidden_size=WIDTH, **heads, **LATENT, attn_implementation="sdpa")
-    native, absorbed, expanded = (
-        deepseek_v3.DeepseekV3Attention(config, 0),
-        *(LatentAttention(config, 0, **LATENT) for _ in "ab"),
-    )
-    expanded.absorbs = lambda *_: False
-    layers = [layer.eval() for layer in (absorbed, expanded, native)]
-    for layer in layers:
-        layer.load_state_dict(native.state_dict())
-    print(f"one token, fp32, width {WIDTH}, 8 heads, {LATENT}")
-    for context in (1024, 8192, 32768):
-        hidden_states, tables = torch.randn(1, 1, WIDTH), (torch.ones(1, 1, 32), torch.zeros(1, 1, 32))
-        cache = DynamicCache()
-        cache.update(torch.randn(1, 1, context, 128), torch.randn(1, 1, context, 32), 0)
-
-        def decode(layer: torch.nn.Module, cache=cache, inputs=(hidden_states, tables, None, cache)) -> torch.Tensor:
-            output = layer(*inputs)[0]
-            cache.crop(-1)
-            return output
-
-        for peer, name in ((expanded, "expanded"), (native, "transformers")):
-            torch.testing.assert_close(decode(absorbed), decode(peer), atol=1e-4, rtol=1e-4)
-            works = [lambda layer=layer: decode(layer) for layer in (absorbed, peer)]
-            mine, theirs, (low, median, high) = compare(*works, args.repetitions)
-            bar = " (bar 3)" if context == 8192 else ""
-            print(
-                f"context {context:6} absorbed {mine * 1e3:6.2f} ms   {name:<12} {theirs * 1e3:7.2f} ms   "
-                f"{median:5.2f} times as fast [{low:.2f}, {high:.2f}]{bar}",
-                flush=True,
-            )
-
-
 def kernel_works(per_channel: bool, length: int) -> tuple[Callable[[], None], Callable[[], None]]:
     """Forward and backward pass in bf16 on a GPU: through our rule, and of fla's kernel called directly."""
     module, name = ("kda", "chunk_kda") if per_channel else ("gated_delta_rule", "chunk_gated_delta_rule")
@@ -245,7 +209,7 @@ def kernels(args: argparse.Namespace) -> None:
             )
 
 
-SECTIONS = {"training": training, "latent_decode": latent_decode, "kernels": kernels, **decoding.SECTIONS}
+SECTIONS = {"training": training, "kernels": kernels, **decoding.SECTIONS}
 
 
 def main() -> None:
