@@ -1,6 +1,7 @@
 """Every mixer on a GPU: the logits of the CPU, cached and not, and the cache that lives on the CPU in between."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,17 @@ def test_gradients_equal_the_cpu(models):
         scale = expected.grad.abs().max().clamp(min=1e-3)
         error = (actual.grad.cpu() - expected.grad).abs().max() / scale
         assert error < 5e-3, f"{name}: {error}"
+
+
+@torch.no_grad()
+@pytest.mark.skipif(find_spec("flash_attn") is None, reason="needs flash-attn")
+@pytest.mark.parametrize("packed", [False, True])
+def test_flash_attention(models, packed):
+    """Against SDPA in the same precision; packed rows are told apart by `position_ids`, as TRL sends them."""
+    _, there = models
+    there, row = there.bfloat16(), X[:1].cuda()
+    inputs = {"position_ids": torch.tensor([[*range(3), *range(7)]]).cuda()} if packed else {}
+    expected = there(row, use_cache=False, **inputs).logits.float()
+    there.set_attn_implementation("flash_attention_2")
+    error = (there(row, use_cache=False, **inputs).logits.float() - expected).norm() / expected.norm()
+    assert error < 0.05
