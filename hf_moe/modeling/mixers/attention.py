@@ -80,15 +80,22 @@ class Attention(Mixer):
         context: ForwardContext = NO_CONTEXT,
         **kwargs: Any,
     ) -> MixerOutput:
+        query, key, value = self.project(hidden_states, position_embeddings, **kwargs)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
+        return self.o_proj(output.flatten(2).contiguous()), weights, None
+
+    def project(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, T, D) -> queries (B, H, T, d), keys and values (B, H / groups, T, d), rotated."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)  # (B, H, T, d)
+        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         if self.rotary_emb is not None:
             position_embeddings = self.rotary_emb(hidden_states, kwargs["position_ids"])
         if self.rotary:
             query, key = rotate(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
-        return self.o_proj(output.flatten(2).contiguous()), weights, None
+        return query, key, value

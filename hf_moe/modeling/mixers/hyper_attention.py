@@ -20,15 +20,15 @@ Letters: B batch, T time, H query heads, d head width.
 from typing import Any
 
 import torch
-from torch import nn
 from torch.compiler import is_compiling
 from transformers.cache_utils import Cache
 
 from ..context import NO_CONTEXT, ForwardContext
-from ..layers import RMSNorm, apply_rotary_pos_emb, attend
+from ..layers import attend
 from ..ops.hyper_attention import HyperOptions, hyper_attention, is_estimated
 from ..ops.whole_rows import check_whole_rows
-from .base import Mixer, MixerOutput
+from .attention import Attention
+from .base import MixerOutput
 
 WHOLE_ROWS = (
     "HyperAttention cannot estimate rows with padding, several packed sequences or another mask that is not plainly "
@@ -37,7 +37,7 @@ WHOLE_ROWS = (
 )
 
 
-class HyperAttention(Mixer):
+class HyperAttention(Attention):
     """Causal attention that is estimated where it reaches far back.
 
     Args:
@@ -49,12 +49,6 @@ class HyperAttention(Mixer):
         qk_norm: RMSNorm over each head's query and key before the rotation (Qwen3 sources).
         qkv_bias: biases on the query, key and value projections (Qwen2 and ChatGLM sources).
     """
-
-    tp_plan = {
-        **{f"{name}_proj": "colwise" for name in "qkv"},
-        **{f"{name}_norm": "replicated_with_grad_allreduce" for name in "qk"},
-        "o_proj": "rowwise",
-    }
 
     def __init__(
         self,
@@ -69,19 +63,8 @@ class HyperAttention(Mixer):
         qk_norm: bool = False,
         qkv_bias: bool = False,
     ) -> None:
-        super().__init__()
-        self.config, self.layer_idx, self.is_causal, self.sliding_window = config, layer_idx, True, None
-        self.head_dim, self.scaling = config.head_dim, config.head_dim**-0.5
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.attention_dropout = config.attention_dropout
+        super().__init__(config, layer_idx, qk_norm=qk_norm, qkv_bias=qkv_bias)
         self.options = HyperOptions(block_size, sample_size, num_projections, min_seq_len, seed, layer_idx)
-        width, key_width = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=qkv_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if qk_norm else nn.Identity()
 
     @classmethod
     def check(cls, config: Any, *, num_projections: int, seed: int, **options: Any) -> None:
@@ -104,11 +87,7 @@ class HyperAttention(Mixer):
         context: ForwardContext = NO_CONTEXT,
         **kwargs: Any,
     ) -> MixerOutput:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)  # (B, H, T, d)
-        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key, value = self.project(hidden_states, position_embeddings, **kwargs)
         estimates = is_estimated(query.shape[2], self.options) and cache_is_empty(past_key_values, self.layer_idx)
         all_keys, all_values = key, value
         if past_key_values is not None:
