@@ -24,7 +24,7 @@ from .context import ForwardContext
 from .layers import RMSNorm, RotaryEmbedding
 from .losses import RouterLogits, share_of_labels
 from .mixers import Mixer
-from .packing import check_flash, check_window, find_segments, padding_mask, positions_of
+from .packing import check_window, find_segments, mask_for_flash, padding_mask, positions_of
 from .parts import Part, build
 from .routers import Router
 
@@ -115,8 +115,7 @@ class DecoderModel(DecoderPreTrainedModel):
         if position_ids is None:
             position_ids = positions_of(segments, inputs_embeds, past_key_values)
         if segments is not None and "flash" in (self.config._attn_implementation or ""):
-            check_flash(attention_mask, segments, "cu_seq_lens_q" in kwargs)
-            attention_mask = None
+            attention_mask = mask_for_flash(attention_mask, segments, "cu_seq_lens_q" in kwargs)
         masks = self.layer_masks(attention_mask, inputs_embeds, past_key_values, position_ids, segments)
         if use_cache and past_key_values is None and segments is None:  # packed rows cannot be continued
             past_key_values = DynamicCache(config=self.config)

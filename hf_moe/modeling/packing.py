@@ -121,8 +121,8 @@ def positions_of(
     return columns - columns.where(starts, 0).cummax(1).values
 
 
-def check_flash(attention_mask: Any, segments: torch.Tensor, has_lengths: bool) -> None:
-    """Flash attention tells packed sequences apart in one row without padding only.
+def mask_for_flash(attention_mask: Any, segments: torch.Tensor, has_lengths: bool) -> Any:
+    """The mask with which flash attention tells packed sequences apart: none, for it does so without padding only.
 
     Args:
         attention_mask: (B, T) or None.
@@ -132,12 +132,15 @@ def check_flash(attention_mask: Any, segments: torch.Tensor, has_lengths: bool) 
     Raises:
         ValueError: it would silently let sequences look at each other.
     """
-    padded = attention_mask is not None and not is_compiling() and not attention_mask.all()
+    if is_compiling():  # nobody knows whether there are several sequences at all
+        return attention_mask
+    padded = attention_mask is not None and not attention_mask.all()
     if padded or (segments.shape[0] > 1 and not has_lengths):
         raise ValueError(
             "Flash attention cannot keep packed sequences apart in rows with padding, nor in several rows without "
             "`cu_seq_lens_q`: pack everything into one row, or load the model with attn_implementation='sdpa'."
         )
+    return None
 
 
 def check_window(attention_mask: Any, sliding_window: int) -> None:

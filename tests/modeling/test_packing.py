@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_moe.modeling.packing import Rows, check_flash, find_segments, positions_of
+from hf_moe.modeling.packing import Rows, find_segments, mask_for_flash, positions_of
 
 EMBEDS = torch.zeros(1, 9, 4)
 LENGTHS = st.lists(st.integers(1, 5), min_size=1, max_size=6)
@@ -58,13 +58,20 @@ def test_ready_masks_are_left_alone():
 
 def test_flash_attention_refuses_what_it_would_mix():
     segments = torch.tensor([[0, 0, 1, 1]])
-    check_flash(None, segments, False)
-    check_flash(torch.ones(1, 4), segments, False)
-    check_flash(None, segments.expand(2, -1), True)
+    assert mask_for_flash(None, segments, False) is None
+    assert mask_for_flash(torch.ones(1, 4), segments, False) is None
+    assert mask_for_flash(None, segments.expand(2, -1), True) is None
     with pytest.raises(ValueError, match="sdpa"):
-        check_flash(torch.tensor([[1, 1, 1, 0]]), segments, False)
+        mask_for_flash(torch.tensor([[1, 1, 1, 0]]), segments, False)
     with pytest.raises(ValueError, match="cu_seq_lens_q"):
-        check_flash(None, segments.expand(2, -1), False)
+        mask_for_flash(None, segments.expand(2, -1), False)
+
+
+def test_flash_attention_keeps_its_mask_while_a_graph_is_traced():
+    """There are segments for every traced batch, most of which are padded and not packed."""
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    compiled = torch.compile(lambda m, s: mask_for_flash(m, s, False), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(mask, torch.zeros(2, 4, dtype=torch.long)), mask)
 
 
 def test_rows_can_be_cut_and_mapped():
