@@ -201,6 +201,17 @@ def test_rows_of_a_cache(model):
 
 
 @torch.no_grad()
+def test_a_copied_prompt_serves_several_continuations(model):
+    """Transformers' recipe for shared prompts: fill a cache once, continue deep copies of it."""
+    prompt = DynamicCache(config=model.config)
+    model(X[:, :6], past_key_values=prompt)
+    for seed in (1, 2):
+        tail = specs.tokens(2, 3, seed=seed)
+        logits = model(tail, past_key_values=copy.deepcopy(prompt)).logits
+        close(logits, model(torch.cat([X[:, :6], tail], 1)).logits[:, 6:])
+
+
+@torch.no_grad()
 def test_reset_starts_anew(model):
     cache = DynamicCache(config=model.config)
     expected = model(X, past_key_values=cache).logits
