@@ -72,10 +72,10 @@ class MixtureOfAttention(Mixer):
 
     @classmethod
     def check(cls, config: Any, *, num_experts: int, heads_per_expert: int, router: dict, **options: Any) -> None:
-        if router["type"] == "recurrent":
+        if ROUTERS[router["type"]].carries_state:
             raise ValueError(
-                "A recurrent router carries its state through the feed-forwards; use another one, e.g. 'top_k', for "
-                "'mixture_of_attention'."
+                f"A {router['type']!r} router carries its state through the feed-forwards; use another one, e.g. "
+                "'top_k', for 'mixture_of_attention'."
             )
         if heads_per_expert < 1:
             raise ValueError(f"heads_per_expert={heads_per_expert} must be at least 1.")

@@ -24,6 +24,7 @@ class Router(Part):
     top_k: int
     scoring: str = "softmax"  # what the scores are: the name that tools read
     normalize: bool = True  # whether the combine weights of a token sum to 1
+    carries_state: bool = False  # whether it reads and writes what travels from block to block
 
     def __init__(self, config: Any, layer_idx: int, num_experts: int) -> None:
         super().__init__()

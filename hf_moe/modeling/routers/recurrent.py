@@ -72,6 +72,8 @@ class Recurrent(Router):
         normalize: divide the k probabilities by their sum, as the paper does.
     """
 
+    carries_state = True
+
     def __init__(
         self,
         config: Any,
