@@ -180,7 +180,7 @@ def create_explicit_mask(
     Raises:
         ValueError: a ready mask that is not boolean, and does not say yes (0) or no (very negative) either.
     """
-    if getattr(attention_mask, "ndim", 4) == 4 and attention_mask is not None:
+    if attention_mask is not None and getattr(attention_mask, "ndim", 4) == 4:  # a block mask has no `ndim`
         return as_boolean(attention_mask)
     return create_causal_mask(
         BooleanMasks,  # pyright: ignore[reportArgumentType] - stands in for a config
