@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from hf_moe.modeling.feed_forward import SparseMoe
+from hf_moe.modeling.feed_forwards.moe import Moe
 
 
 def blocks(args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
@@ -31,7 +31,7 @@ def blocks(args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     native_config._experts_implementation = args.implementation
     native = Qwen3MoeSparseMoeBlock(native_config)
     config = argparse.Namespace(hidden_size=args.width, hidden_act="silu", _experts_implementation=args.implementation)
-    ours = SparseMoe(
+    ours = Moe(
         config,
         0,
         num_experts=args.experts,

@@ -30,18 +30,24 @@ MAY_IMPORT = {  # package -> packages of ours it may import
     "testing": {"modeling", "architectures"},
 }
 LEVELS = [  # inside modeling: a module imports lower levels only
-    {"layers", "cache", "context", "packing", "ops", "losses", "parts", "feature_maps"},
+    {"layers", "cache", "context", "packing", "ops", "losses", "controllers", "parts", "feature_maps"},
     {"routers", "experts"},
     {"mixers"},
-    {"feed_forward"},
+    {"feed_forwards"},
     {"blocks"},
     {"configuration"},
     {"model", "anatomy"},
     {"host"},
 ]
-TABLES = {"mixers": hf_moe.MIXERS, "routers": hf_moe.ROUTERS, "experts": hf_moe.EXPERTS}
+TABLES = {
+    "mixers": hf_moe.MIXERS,
+    "routers": hf_moe.ROUTERS,
+    "experts": hf_moe.EXPERTS,
+    "feed_forwards": hf_moe.FEED_FORWARDS,
+    "blocks": hf_moe.BLOCKS,
+}
 PARTS = [(folder, name) for folder, table in TABLES.items() for name in table]
-ALL_PARTS = [part for table in (*TABLES.values(), hf_moe.FEED_FORWARDS, hf_moe.BLOCKS) for part in table.values()]
+ALL_PARTS = [part for table in TABLES.values() for part in table.values()]
 LONGEST = {"modeling/model.py": 300, "parts": 150, "any": 500}
 
 

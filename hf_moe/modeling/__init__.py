@@ -5,7 +5,7 @@ from .blocks import BLOCKS
 from .cache import CacheMemory, cache_memory
 from .configuration import DecoderConfig
 from .experts import EXPERTS
-from .feed_forward import FEED_FORWARDS
+from .feed_forwards import FEED_FORWARDS
 from .host import register
 from .mixers import MIXERS
 from .model import (

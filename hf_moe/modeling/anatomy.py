@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration import DecoderConfig
-from .feed_forward import SparseMoe
+from .feed_forwards.moe import Moe
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ def moe_layers(model: PreTrainedModel) -> Iterator[MoeLayer]:
             f"The MoE layers of {model_type!r} are not known; choose from our own types and {sorted(NATIVE)}."
         )
     for name, module in model.named_modules():
-        if isinstance(module, SparseMoe):
+        if isinstance(module, Moe):
             yield _our_layer(name, module)
         elif not ours and type(module).__name__ == NATIVE[model_type].block:
             yield _native_layer(name, module, NATIVE[model_type])
 
 
-def _our_layer(name: str, module: SparseMoe) -> MoeLayer:
+def _our_layer(name: str, module: Moe) -> MoeLayer:
     return MoeLayer(
         name=name,
         module=module,

@@ -9,6 +9,8 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .blocks import BLOCKS
+from .feed_forwards import FEED_FORWARDS
+from .losses import BALANCE_LOSSES
 from .mixers import MIXERS
 from .parts import resolve, walk
 
@@ -26,6 +28,7 @@ class DecoderConfig(PreTrainedConfig):
         router_aux_loss_coef: weight of the load-balancing loss of each MoE layer, added to the loss in training; 0
             turns it off. Switch Transformer's 0.01.
         router_z_loss_coef: weight of the router z-loss of each MoE layer (ST-MoE's 0.001); off by default.
+        router_balance_loss: which loss `router_aux_loss_coef` weighs, a name in `modeling.losses.BALANCE_LOSSES`.
 
     Raises:
         ValueError: unknown part or option, head counts that do not divide, more experts per token than experts.
@@ -55,6 +58,7 @@ class DecoderConfig(PreTrainedConfig):
     output_router_logits: bool = False
     router_aux_loss_coef: float | int = 0.01
     router_z_loss_coef: float | int = 0.0
+    router_balance_loss: str = "switch"
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -69,12 +73,15 @@ class DecoderConfig(PreTrainedConfig):
                     f"{self.num_attention_heads}; change one of them or set head_dim."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        self.check_heads()
-        self.check_blocks()
+        self.validate_parts()
         super().__post_init__(**kwargs)
 
     def validate_parts(self) -> None:
         """Check again what may have changed since construction; huggingface_hub calls this when a config is saved."""
+        if self.router_balance_loss not in BALANCE_LOSSES:
+            raise ValueError(
+                f"router_balance_loss={self.router_balance_loss!r} is unknown; choose from {sorted(BALANCE_LOSSES)}."
+            )
         self.check_heads()
         self.check_blocks()
 
@@ -140,7 +147,8 @@ class DecoderConfig(PreTrainedConfig):
     def sparse_blocks(self) -> list[dict[str, Any]]:
         """The blocks that route, in the order of the pattern."""
         used = [self.blocks[name] for name in self.block_pattern]
-        return [block for block in used if block.get("feed_forward", {}).get("type") == "moe"]
+        kinds = [block.get("feed_forward", {}).get("type") for block in used]
+        return [block for block, kind in zip(used, kinds) if kind and FEED_FORWARDS[kind].routed]
 
     @property
     def layer_types(self) -> list[str]:

@@ -22,10 +22,10 @@ from .blocks import BLOCKS, Block
 from .configuration import DecoderConfig
 from .context import ForwardContext
 from .layers import RMSNorm, RotaryEmbedding
-from .losses import RouterLogits, share_of_labels
+from .losses import RouterLogits, share_of_labels, weighted_losses
 from .mixers import Mixer
 from .packing import check_window, find_segments, mask_for_flash, padding_mask, positions_of
-from .parts import Part, build
+from .parts import FP32_BUFFERS, Part, build
 from .routers import Router
 
 
@@ -34,7 +34,7 @@ class DecoderOutput(MoeModelOutputWithPast):
     """Transformers' MoE decoder output, and the balance losses of this forward pass.
 
     Args:
-        router_losses: (2,) Switch loss and z-loss, each summed over the MoE layers; None if nobody asked.
+        router_losses: (3,) balance loss, z-loss, the routers' own, each summed over the layers; None if nobody asked.
         aux_loss: scalar; what has to be multiplied by `router_aux_loss_coef` and added to the loss.
     """
 
@@ -54,6 +54,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = [block.__name__ for block in BLOCKS.values()]
     _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = FP32_BUFFERS
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
@@ -120,7 +121,9 @@ class DecoderModel(DecoderPreTrainedModel):
         if use_cache and past_key_values is None and segments is None:  # packed rows cannot be continued
             past_key_values = DynamicCache(config=self.config)
         with_losses = self.training or bool(kwargs.pop("output_router_logits", self.config.output_router_logits))
-        context = ForwardContext(self.shared, self.token_mask(attention_mask, inputs_embeds), with_losses, segments)
+        token_mask, balance = self.token_mask(attention_mask, inputs_embeds), self.config.router_balance_loss
+        shape = (inputs_embeds.shape[0], inputs_embeds.shape[1])
+        context = ForwardContext(self.shared, token_mask, with_losses, segments, shape, balance, kwargs)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states, router_state, all_losses = inputs_embeds, None, []
         for layer, layer_type in zip(self.layers, self.config.layer_types):
@@ -174,12 +177,11 @@ class DecoderModel(DecoderPreTrainedModel):
         return None if mask is None else mask.flatten()
 
     def aux_loss(self, router_losses: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """The scalar that `router_aux_loss_coef` multiplies: Switch loss, plus the z-loss at its ratio to it."""
+        """The scalar that `router_aux_loss_coef` multiplies: all losses, at their ratio to the balance loss."""
+        coef = self.config.router_aux_loss_coef
         if router_losses is None:
             return like.new_zeros((), dtype=torch.float32)
-        balance, z = router_losses.unbind()
-        coef, z_coef = self.config.router_aux_loss_coef, self.config.router_z_loss_coef
-        return balance + z * (z_coef / coef) if coef and z_coef else balance
+        return weighted_losses(router_losses, self.config) / coef if coef else router_losses[0]
 
 
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
@@ -256,9 +258,8 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         """The weighted balance losses of one micro-batch."""
         if outputs.router_losses is None:
             return labels.new_zeros((), dtype=torch.float32)
-        coefs = [self.config.router_aux_loss_coef, self.config.router_z_loss_coef]
-        weighted = (outputs.router_losses * outputs.router_losses.new_tensor(coefs)).sum()
-        return weighted * share_of_labels(labels, num_items_in_batch, shift_labels)
+        share = share_of_labels(labels, num_items_in_batch, shift_labels)
+        return weighted_losses(outputs.router_losses, self.config) * share
 
 
 class DecoderForSequenceClassification(GenericForSequenceClassification, DecoderPreTrainedModel):

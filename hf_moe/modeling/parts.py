@@ -3,11 +3,15 @@
 A part's constructor is its schema: positional parameters come from the parent module, keyword-only ones from the spec.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from inspect import Parameter, signature
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import nn
+
+# Buffers that a step of 0.001 or a running mean would be lost in, were they rounded to 16 bits.
+FP32_BUFFERS = ("e_score_correction_bias", "running_mean", "running_var")
 
 
 class Slot(NamedTuple):
@@ -41,6 +45,17 @@ class Part(nn.Module):
 
     def init_weights(self, std: float) -> None:
         """Initialise the parameters and buffers that this module owns itself (not its children's)."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Part":
+        """Move and convert as every module does, except that `FP32_BUFFERS` are never rounded to 16 bits."""
+        before = {name: self._buffers[name] for name in FP32_BUFFERS if self._buffers.get(name) is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            converted = self._buffers[name]
+            assert buffer is not None and converted is not None
+            if converted.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = buffer.to(converted.device)
+        return self
 
 
 def resolve(table: Mapping[str, type[Part]], spec: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def test_config_is_a_file_or_a_folder(name: str, tmp_path: Path):
     config.save_pretrained(tmp_path)
     printed = run("hf_moe", "--config", tmp_path / name)
     assert printed == flatten(config)
-    assert "class SparseMoe" in printed and "class SparseMoe" not in run("hf_moe")
+    assert "class Moe(" in printed and "class Moe(" not in run("hf_moe")
 
 
 def test_writes_the_same_to_a_file(tmp_path: Path):

@@ -61,9 +61,21 @@ ATTENTION = MIXERS["attention"]
 SOFT_ATTENTION = MIXERS["soft_mixture_of_attention"]
 MLP = {"type": "mlp", "intermediate_size": 48}
 UNGATED_MLP = {"type": "ungated_mlp", "intermediate_size": 48}
-PRODUCT = {}  # every mixer with every router; blocks and experts take turns, so that they meet every mixer too
-for number, (mixer, router) in enumerate(itertools.product(MIXERS, ROUTERS)):
-    kind, experts = BLOCKS[number % len(BLOCKS)], list(EXPERTS)[number // len(BLOCKS) % len(EXPERTS)]
+FEED_FORWARDS: dict[str, dict[str, Any]] = {"mlp": MLP, "ungated_mlp": UNGATED_MLP}  # every kind but `moe`
+PRODUCT = {}
+# Every router, every kind of experts and every feed-forward behind attention; then every mixer with three routers. The
+# parts that a loop does not run over take turns.
+for number, router in enumerate(ROUTERS):
+    experts = list(EXPERTS)[number % len(EXPERTS)]
+    PRODUCT[f"pre_norm-attention-{router}-{experts}"] = {"b": block(ATTENTION, moe(router, experts))}
+for number, experts in enumerate(EXPERTS):
+    router = list(ROUTERS)[(number + 1) % len(ROUTERS)]
+    PRODUCT[f"parallel-attention-{router}-{experts}"] = {"b": block(ATTENTION, moe(router, experts), "parallel")}
+for name, feed_forward in FEED_FORWARDS.items():
+    PRODUCT[f"pre_norm-attention-{name}"] = {"b": block(ATTENTION, feed_forward)}
+for number, (mixer, turn) in enumerate(itertools.product(MIXERS, range(3))):
+    kind, router = BLOCKS[number % len(BLOCKS)], list(ROUTERS)[number % len(ROUTERS)]
+    experts = list(EXPERTS)[(number + turn) % len(EXPERTS)]
     PRODUCT[f"{kind}-{mixer}-{router}-{experts}"] = {"b": block(MIXERS[mixer], moe(router, experts), kind)}
 AMF = {  # Hunyuan-TurboS: attention, Mamba-2, feed-forward, each with a residual of its own
     "a": {"type": "mixer_only", "mixer": {**ATTENTION, "qk_norm": True}},

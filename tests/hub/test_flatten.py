@@ -72,7 +72,7 @@ def test_imports_nothing_of_ours_and_binds_each_name_once(case: str, flat: dict[
         ("bam", ["SoftMixtureOfAttention", "TopK", "Swiglu"], ["Attention", "Recurrent", "Latent", "GroupedRows"]),
         ("rmoe", ["Attention", "Recurrent", "Swiglu"], ["SoftMixtureOfAttention", "TopK", "Latent", "Parallel"]),
         ("mole", ["Attention", "TopK", "Latent"], ["SoftMixtureOfAttention", "Recurrent", "Swiglu", "Parallel"]),
-        ("hf_moe_dense", ["Attention", "Mlp", "Parallel"], ["SparseMoe", "TopK", "Swiglu", "Latent"]),
+        ("hf_moe_dense", ["Attention", "Mlp", "Parallel"], ["Moe", "TopK", "Swiglu", "Latent"]),
     ],
 )
 def test_holds_the_parts_in_use_and_no_others(case: str, kept: list[str], dropped: list[str], flat: dict[str, str]):

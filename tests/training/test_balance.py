@@ -73,7 +73,7 @@ def test_the_loss_is_cross_entropy_plus_the_weighted_terms(model_type):
     network.config.router_aux_loss_coef = 0.7
     row = torch.arange(3, 13)[None]
     outputs = network(row, labels=row, use_cache=False)
-    switch, z = network.model(row, use_cache=False).router_losses
+    switch, z, _ = network.model(row, use_cache=False).router_losses
     cross_entropy = torch.nn.functional.cross_entropy(outputs.logits[0, :-1], row[0, 1:])
     torch.testing.assert_close(outputs.loss, cross_entropy + 0.7 * switch + 0.3 * z)
     torch.testing.assert_close(outputs.aux_loss * 0.7, 0.7 * switch + 0.3 * z)

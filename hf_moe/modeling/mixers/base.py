@@ -12,7 +12,7 @@ MixerOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class Mixer(Part):
-    """Mixes tokens: `forward(hidden_states (B, T, D), ...) -> (output (B, T, D), attention weights, losses (2,))`.
+    """Mixes tokens: `forward(hidden_states (B, T, D), ...) -> (output (B, T, D), attention weights, losses (3,))`.
 
     Attention weights are None where the kernel makes none, balance losses where nothing is routed or nobody asked.
     """

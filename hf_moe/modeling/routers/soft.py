@@ -29,6 +29,6 @@ class Soft(Router):
         indices = torch.arange(self.num_experts, device=tokens.device).expand(tokens.shape[0], -1)
         return Routing(logits, self.scores(logits).to(logits.dtype), indices)
 
-    def losses(self, routing: Routing, token_mask: torch.Tensor | None) -> torch.Tensor:
-        """(2,) zeros: soft routing cannot be unbalanced (BAM, §3)."""
-        return routing.logits.new_zeros(2, dtype=torch.float32)
+    def losses(self, routing: Routing, context: ForwardContext = NO_CONTEXT) -> torch.Tensor:
+        """(3,) zeros: soft routing cannot be unbalanced (BAM, §3)."""
+        return routing.logits.new_zeros(3, dtype=torch.float32)

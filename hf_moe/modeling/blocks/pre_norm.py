@@ -1,0 +1,34 @@
+"""The block of Llama and most models since."""
+
+from typing import Any
+
+import torch
+
+from ..context import NO_CONTEXT, ForwardContext
+from ..feed_forwards import FEED_FORWARDS
+from ..feed_forwards.base import FeedForwardOutput
+from ..layers import RMSNorm
+from ..parts import build
+from .base import Block, total
+
+
+class PreNorm(Block):
+    """`x + mixer(norm(x))`, then `x + feed_forward(norm(x))`: Llama, Mixtral, Qwen3."""
+
+    def __init__(self, config: Any, layer_idx: int, *, mixer: dict[str, Any], feed_forward: dict[str, Any]) -> None:
+        super().__init__(config, layer_idx, mixer)
+        self.mlp = build(FEED_FORWARDS, feed_forward, config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        router_state: torch.Tensor | None = None,
+        *,
+        context: ForwardContext = NO_CONTEXT,
+        **mixer_inputs: Any,
+    ) -> FeedForwardOutput:
+        mixed, _, mixer_losses = self.self_attn(self.input_layernorm(hidden_states), context=context, **mixer_inputs)
+        hidden_states = hidden_states + mixed
+        output, router_state, losses = self.mlp(self.post_attention_layernorm(hidden_states), router_state, context)
+        return hidden_states + output, router_state, total(mixer_losses, losses)
