@@ -107,9 +107,15 @@ class DecoderConfig(PreTrainedConfig):
         blocks, pattern = self.blocks, self.block_pattern
         if unknown := sorted(set(pattern) - blocks.keys()):
             raise ValueError(f"block_pattern names {unknown}; `blocks` has {sorted(blocks)}.")
+        carriers = set()
         for spec in blocks.values():
             for _, part, options in walk(BLOCKS, resolve(BLOCKS, spec)):
                 part.check(self, **options)
+                carriers |= {part.__name__} if part.carries_state else set()
+        if len(carriers) > 1:
+            raise ValueError(
+                f"{sorted(carriers)} each send a state of their own from layer to layer; a model can have one of them."
+            )
         with torch.device("meta"):
             self.shared_modules()
 

@@ -28,6 +28,8 @@ class Part(nn.Module):
     attribute: ClassVar[str | None] = None  # overrides the slot's attribute name
     tp_plan: ClassVar[dict[str, str]] = {}  # Transformers' tensor-parallel style per child; "" is the part itself
     ep_plan: ClassVar[dict[str, str]] = {}  # the same for expert parallelism
+    carries_state: ClassVar[bool] = False  # whether it reads and writes what travels from block to block
+    spans_batch: ClassVar[bool] = False  # whether, in training, the tokens of a batch decide about each other
 
     @classmethod
     def check(cls, config: Any, **options: Any) -> None:

@@ -72,7 +72,7 @@ class MixtureOfAttention(Mixer):
 
     @classmethod
     def check(cls, config: Any, *, num_experts: int, heads_per_expert: int, router: dict, **options: Any) -> None:
-        if ROUTERS[router["type"]].carries_state:
+        if ROUTERS[router["type"]].carries_state or ROUTERS[router["type"]].reads_experts:
             raise ValueError(
                 f"A {router['type']!r} router carries its state through the feed-forwards; use another one, e.g. "
                 "'top_k', for 'mixture_of_attention'."

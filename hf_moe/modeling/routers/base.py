@@ -33,10 +33,8 @@ class Router(Part):
     top_k: int
     scoring: str = "softmax"  # what the scores are: the name that tools read
     normalize: bool = True  # whether the combine weights of a token sum to 1
-    carries_state: bool = False  # whether it reads and writes what travels from block to block
     varies: ClassVar[bool] = False  # whether tokens differ in how many experts they use
     reads_experts: ClassVar[bool] = False  # whether it wants `context.experts`
-    spans_batch: ClassVar[bool] = False  # whether, in training, tokens of one batch decide about each other
     num_zero_experts: int = 0  # how many of the last experts compute nothing; the feed-forward says
     e_score_correction_bias: torch.Tensor | None = None  # (E,) added to the scores for the choice only
 
