@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
 import hf_moe
+from hf_moe.modeling.parts import Part
 
 sys.path.insert(0, str(Path(__file__).parent))
 import specs
@@ -40,6 +41,19 @@ def test_causal(model):
     changed[:, 7:] = 5
     close(model(changed).logits[:, :7], model(X).logits[:, :7])
     assert not torch.allclose(model(changed).logits[:, 7:], model(X).logits[:, 7:], atol=1e-3)
+
+
+@torch.no_grad()
+def test_only_what_says_so_spans_the_batch_in_training(model):
+    """BatchNorm, or one draw per forward pass, lets tokens decide about each other; nothing else may."""
+    if any(module.spans_batch for module in model.modules() if isinstance(module, Part)):
+        pytest.skip("says so")
+    changed, outputs = X.clone(), []
+    changed[0, 7:], changed[1] = 5, 6
+    for ids in (changed, X):
+        torch.manual_seed(0)
+        outputs.append(model.train()(ids, use_cache=False).logits[0, :7])
+    close(*outputs)
 
 
 @torch.no_grad()

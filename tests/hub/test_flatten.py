@@ -69,7 +69,7 @@ def test_imports_nothing_of_ours_and_binds_each_name_once(case: str, flat: dict[
 @pytest.mark.parametrize(
     ("case", "kept", "dropped"),
     [
-        ("bam", ["SoftMixtureOfAttention", "TopK", "Swiglu"], ["Attention", "Recurrent", "Latent", "GroupedRows"]),
+        ("bam", ["SoftMixtureOfAttention", "TopK", "Swiglu"], ["Attention", "Recurrent", "Latent", "UngatedMlp"]),
         ("rmoe", ["Attention", "Recurrent", "Swiglu"], ["SoftMixtureOfAttention", "TopK", "Latent", "Parallel"]),
         ("mole", ["Attention", "TopK", "Latent"], ["SoftMixtureOfAttention", "Recurrent", "Swiglu", "Parallel"]),
         ("hf_moe_dense", ["Attention", "Mlp", "Parallel"], ["Moe", "TopK", "Swiglu", "Latent"]),

@@ -1,4 +1,4 @@
-"""What every set of experts promises. Letters: N tokens, D width, E experts, F expert width, K chosen per token."""
+"""What every set of experts promises. Letters: N tokens, D width, E experts, K chosen per token, S listed rows."""
 
 from typing import Any, ClassVar
 
@@ -8,10 +8,15 @@ from ..parts import Part
 
 
 class Experts(Part):
-    """`forward(tokens (N, D), indices (N, K), weights (N, K)) -> (N, D)`: Transformers' ExpertsInterface contract."""
+    """`forward(tokens (N, D), indices (N, K), weights (N, K)) -> (N, D)`: Transformers' ExpertsInterface contract.
+
+    Experts that `take_rows` also run a list, where tokens have different numbers of experts: `forward(tokens (N, D),
+    indices (S, 1), weights (S, 1), token (S,))`, which saves copying the tokens of the rows twice.
+    """
 
     attribute: ClassVar[str] = "experts"
     per_expert_names: ClassVar[dict[str, tuple[str, ...]]] = {}  # stacked parameter -> its per-expert tensors on disk
+    takes_rows: ClassVar[bool] = False
     num_experts: int
 
     @classmethod

@@ -29,6 +29,7 @@ class Latent(Experts):
     """
 
     attribute = "latent_experts"  # a module called `experts` would be replaced by FP8 quantisation's own SwiGLU
+    takes_rows = True
     per_expert_names = {name: (name,) for name in ("gate_proj", "up_proj", "down_proj")}
 
     def __init__(
@@ -67,8 +68,10 @@ class Latent(Experts):
         for parameter in self.parameters(recurse=False):
             init.normal_(parameter, std=std)
 
-    def forward(self, tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        rows = GroupedRows(indices, self.num_experts, self.config._experts_implementation)
+    def forward(
+        self, tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, token: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        rows = GroupedRows(indices, self.num_experts, self.config._experts_implementation, token)
         row_group = rows.expert // self.experts_per_group  # (S,)
         gate, up = (
             rows.linear(torch.einsum("nd,gld->ngl", tokens, shared)[rows.token, row_group], private)
@@ -76,7 +79,7 @@ class Latent(Experts):
         )
         output = rows.linear(self.act_fn(gate) * up, self.down_proj) * rows.order(weights)[:, None]  # (S, D or L)
         if self.down_latent_proj is None:
-            return rows.sum(output).to(tokens.dtype)
+            return rows.sum(output, tokens.shape[0]).to(tokens.dtype)
         groups = self.down_latent_proj.shape[0]
         latent = output.new_zeros(tokens.shape[0] * groups, output.shape[-1])
         latent = latent.index_add(0, rows.token * groups + row_group, output).view(tokens.shape[0], groups, -1)

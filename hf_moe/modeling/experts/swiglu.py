@@ -1,5 +1,6 @@
 """SwiGLU experts as stacked 3-D weights, run by whichever kernel `experts_implementation` names."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,12 +8,30 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
 
+from ..ops.grouped import GroupedRows
 from .base import Experts
 
 
-@use_experts_implementation
+class RowsInterface(ExpertsInterface):
+    """Transformers' kernels, and listed rows, which they do not know."""
+
+    def get_interface(self, experts_implementation: str, default: Callable) -> Callable:
+        kernel = super().get_interface(experts_implementation, default)
+
+        def run(experts: Any, tokens: Any, indices: Any, weights: Any, token: Any = None) -> torch.Tensor:
+            if token is None:
+                return kernel(experts, tokens, indices, weights)
+            if experts_implementation == "grouped_mm" and not experts._is_expert_parallel:
+                return experts.run_rows(tokens, indices, weights, token)
+            rows = kernel(experts, tokens.index_select(0, token), indices, weights)
+            return tokens.new_zeros(tokens.shape).index_add(0, token, rows)
+
+        return run
+
+
+@use_experts_implementation(experts_interface=RowsInterface())
 class Swiglu(Experts):
     """`E_e(x) = W_down,e (act(W_gate,e x) * W_up,e x)`, with gate and up fused: Mixtral's and Qwen3-MoE's layout.
 
@@ -20,6 +39,7 @@ class Swiglu(Experts):
         intermediate_size: width F of one expert.
     """
 
+    takes_rows = True
     per_expert_names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
     tp_plan = {"gate_up_proj": "packed_colwise", "down_proj": "rowwise", "": "moe_tp_experts"}
     ep_plan = {"gate_up_proj": "grouped_gemm", "down_proj": "grouped_gemm", "": "ep_dispatch_experts"}
@@ -47,3 +67,12 @@ class Swiglu(Experts):
             expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
             output.index_add_(0, token, (expert_output * top_k_weights[token, slot, None]).to(output.dtype))
         return output
+
+    def run_rows(
+        self, tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, token: torch.Tensor
+    ) -> torch.Tensor:
+        """Listed rows by grouped matrix products: each row is gathered once and added to its token once."""
+        rows = GroupedRows(indices, self.num_experts, "grouped_mm", token)
+        gate, up = rows.linear(tokens.index_select(0, rows.token), self.gate_up_proj).chunk(2, dim=-1)
+        output = rows.linear(self.act_fn(gate) * up, self.down_proj) * rows.order(weights)[:, None]
+        return rows.sum(output, tokens.shape[0]).to(tokens.dtype)

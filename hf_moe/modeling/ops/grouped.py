@@ -12,19 +12,22 @@ IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
 class GroupedRows:
-    """The (token, slot) pairs of one routing, sorted by expert.
+    """The (token, slot) pairs of one routing, sorted by expert; or the pairs that a caller lists.
 
     Attributes:
         token: (S,) token of each row.
         expert: (S,) expert of each row, ascending.
     """
 
-    def __init__(self, indices: torch.Tensor, num_experts: int, implementation: str) -> None:
+    def __init__(
+        self, indices: torch.Tensor, num_experts: int, implementation: str, token: torch.Tensor | None = None
+    ) -> None:
         """
         Args:
-            indices: (N, K) chosen experts.
+            indices: (N, K) chosen experts; (S, 1) if `token` lists the rows.
             num_experts: E.
             implementation: how `linear` works: `eager`, `batched_mm` or `grouped_mm`.
+            token: (S,) which token each row is of, where tokens have different numbers of rows.
         """
         if implementation not in IMPLEMENTATIONS:
             choices = list(IMPLEMENTATIONS)
@@ -33,7 +36,8 @@ class GroupedRows:
             )
         self.implementation, self.shape = implementation, indices.shape
         self.expert, self.permutation = torch.sort(indices.flatten())
-        self.token = self.permutation // indices.shape[1]
+        self.listed = token is not None
+        self.token = self.permutation // indices.shape[1] if token is None else token[self.permutation]
         # histc, as in Transformers: bincount would break CUDA graphs; deterministic only in float on CPU, int on CUDA
         counted = self.expert.float() if indices.device.type in ("cpu", "mps") else self.expert.int()
         counts = torch.histc(counted, bins=num_experts, min=0, max=num_experts - 1)
@@ -53,7 +57,10 @@ class GroupedRows:
         pieces = [F.linear(rows[start:end], w) for start, end, w in zip([0, *ends], ends, weight)]
         return torch.cat(pieces)
 
-    def sum(self, rows: torch.Tensor) -> torch.Tensor:
-        """Add up the K rows of each token: (S, O) -> (N, O)."""
+    def sum(self, rows: torch.Tensor, num_tokens: int | None = None) -> torch.Tensor:
+        """Add up the rows of each token: (S, O) -> (N, O); listed rows need the number of tokens."""
+        if self.listed:
+            assert num_tokens is not None
+            return rows.new_zeros(num_tokens, rows.shape[-1]).index_add(0, self.token, rows)
         unsorted = torch.empty_like(rows).index_copy(0, self.permutation, rows)
         return unsorted.view(*self.shape, -1).sum(1)

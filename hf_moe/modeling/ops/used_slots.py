@@ -5,16 +5,14 @@ experts that compute nothing: their indices come after the others. Neither reach
 Letters: N tokens, D width, E experts, K slots per token.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.compiler import is_compiling
 
-ExpertsForward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
 
 def run_used_slots(
-    experts: ExpertsForward, tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, num_experts: int
+    experts: Any, tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, num_experts: int
 ) -> torch.Tensor:
     """`experts(tokens, indices, weights)` (N, D), without the slots whose weight is 0 or whose index is E or more.
 
@@ -22,7 +20,7 @@ def run_used_slots(
     as expert 0 with weight 0.
 
     Args:
-        experts: Transformers' experts contract.
+        experts: what `Experts` promises.
         tokens: (N, D).
         indices: (N, K).
         weights: (N, K).
@@ -36,5 +34,8 @@ def run_used_slots(
         return tokens.new_zeros(tokens.shape).index_add(
             0, indices.new_zeros(1), experts(tokens[:1], indices.new_zeros(1, 1), weights.new_zeros(1, 1))
         )
-    rows = experts(tokens[token], indices[token, slot, None], weights[token, slot, None])
+    indices, weights = indices[token, slot, None], weights[token, slot, None]
+    if getattr(experts, "takes_rows", False):  # quantisation may have put a module of its own in the experts' place
+        return experts(tokens, indices, weights, token)
+    rows = experts(tokens.index_select(0, token), indices, weights)
     return tokens.new_zeros(tokens.shape).index_add(0, token, rows)
