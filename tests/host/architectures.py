@@ -65,6 +65,17 @@ LATENT_ATTENTION_BLOCK = {
     "feed_forward": SPARSE_SLIDING_BLOCK["feed_forward"],
 }
 
+ZERO_EXPERTS_BLOCK = {  # tokens differ in how many experts they use
+    "type": "pre_norm",
+    "mixer": {"type": "attention"},
+    "feed_forward": {
+        **SPARSE_SLIDING_BLOCK["feed_forward"],
+        "router": {"type": "top_k", "top_k": 3},
+        "num_zero_experts": 2,
+        "num_shared_experts": 2,
+    },
+}
+
 # Expert parallelism on two ranks wants an even number of experts.
 BAM = {"num_experts": 4, "num_attention_experts": 3}
 
@@ -76,6 +87,7 @@ ENTRIES: dict[str, tuple[str, dict[str, Any]]] = {
         "hf_moe",
         {"blocks": {"sparse": SPARSE_SLIDING_BLOCK, "latent": LATENT_PARALLEL_BLOCK}, "sliding_window": 4},
     ),
+    "hf_moe_zero_experts": ("hf_moe", {"blocks": {"sparse": ZERO_EXPERTS_BLOCK}}),
     "bam_shared": (
         "bam",
         {**BAM, "block_type": "pre_norm", "share_key_value": True, "qk_norm": True, "qkv_bias": True},

@@ -17,7 +17,7 @@ def run_used_slots(
     """`experts(tokens, indices, weights)` (N, D), without the slots whose weight is 0 or whose index is E or more.
 
     Shapes depend on the routing, so a GPU waits once for their number. A compiled graph cannot: there, idle slots run
-    as expert 0 with weight 0.
+    as expert 0 with weight 0, as they do in experts that are `joint`.
 
     Args:
         experts: what `Experts` promises.
@@ -27,7 +27,7 @@ def run_used_slots(
         num_experts: E.
     """
     used = (weights != 0) & (indices < num_experts)
-    if is_compiling():
+    if is_compiling() or getattr(experts, "joint", False):
         return experts(tokens, indices.where(used, 0), weights.where(used, 0))
     token, slot = used.nonzero(as_tuple=True)
     if token.numel() == 0:  # one idle row: every expert keeps a gradient, of zero
@@ -35,7 +35,8 @@ def run_used_slots(
             0, indices.new_zeros(1), experts(tokens[:1], indices.new_zeros(1, 1), weights.new_zeros(1, 1))
         )
     indices, weights = indices[token, slot, None], weights[token, slot, None]
-    if getattr(experts, "takes_rows", False):  # quantisation may have put a module of its own in the experts' place
+    # quantisation puts a module of its own in the experts' place, expert parallelism a forward of its own
+    if getattr(experts, "takes_rows", False) and not getattr(experts, "_is_expert_parallel", False):
         return experts(tokens, indices, weights, token)
     rows = experts(tokens.index_select(0, token), indices, weights)
     return tokens.new_zeros(tokens.shape).index_add(0, token, rows)
