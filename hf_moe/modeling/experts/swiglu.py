@@ -11,16 +11,18 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
 
 from ..ops.grouped import GroupedRows
-from .base import Experts
+from .base import Experts, unit_statistics
 
 
 class RowsInterface(ExpertsInterface):
-    """Transformers' kernels, and listed rows, which they do not know."""
+    """Transformers' kernels, and what they do not know: listed rows, statistics of the weights."""
 
     def get_interface(self, experts_implementation: str, default: Callable) -> Callable:
         kernel = super().get_interface(experts_implementation, default)
 
         def run(experts: Any, tokens: Any, indices: Any, weights: Any, token: Any = None) -> torch.Tensor:
+            if indices is None:
+                return experts.first_layer_statistics()
             if token is None:
                 return kernel(experts, tokens, indices, weights)
             if experts_implementation == "grouped_mm" and not experts._is_expert_parallel:
@@ -39,7 +41,7 @@ class Swiglu(Experts):
         intermediate_size: width F of one expert.
     """
 
-    takes_rows = True
+    takes_rows = tells_statistics = True
     per_expert_names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
     tp_plan = {"gate_up_proj": "packed_colwise", "down_proj": "rowwise", "": "moe_tp_experts"}
     ep_plan = {"gate_up_proj": "grouped_gemm", "down_proj": "grouped_gemm", "": "ep_dispatch_experts"}
@@ -67,6 +69,9 @@ class Swiglu(Experts):
             expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
             output.index_add_(0, token, (expert_output * top_k_weights[token, slot, None]).to(output.dtype))
         return output
+
+    def first_layer_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return unit_statistics(self.gate_up_proj.chunk(2, dim=1)[0])
 
     def run_rows(
         self, tokens: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, token: torch.Tensor

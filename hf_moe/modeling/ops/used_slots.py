@@ -27,7 +27,7 @@ def run_used_slots(
         num_experts: E.
     """
     used = (weights != 0) & (indices < num_experts)
-    if is_compiling() or getattr(experts, "joint", False):
+    if is_compiling() or are_joint(experts):
         return experts(tokens, indices.where(used, 0), weights.where(used, 0))
     token, slot = used.nonzero(as_tuple=True)
     if token.numel() == 0:  # one idle row: every expert keeps a gradient, of zero
@@ -40,3 +40,10 @@ def run_used_slots(
         return experts(tokens, indices, weights, token)
     rows = experts(tokens.index_select(0, token), indices, weights)
     return tokens.new_zeros(tokens.shape).index_add(0, token, rows)
+
+
+def are_joint(experts: Any) -> bool:
+    """Whether the experts of one token must run together; an adapter around them (PEFT's) does not know it."""
+    while hasattr(experts, "base_layer"):
+        experts = experts.base_layer
+    return getattr(experts, "joint", False)
