@@ -25,6 +25,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from hf_moe.modeling.context import ForwardContext
 from hf_moe.modeling.feed_forwards import FEED_FORWARDS
 from hf_moe.modeling.feed_forwards.moe import Moe
+from hf_moe.modeling.parts import resolve
 
 Work = Callable[[], Any]
 
@@ -132,13 +133,13 @@ def variable(args: argparse.Namespace, tokens: torch.Tensor) -> None:
         num_zero_experts=args.experts // 2,
         zero_expert_type="null",
     )
-    nucleus = our_moe(args, {"type": "top_p", "top_p": 0.5})
+    nucleus = our_moe(args, {"type": "top_p", "p": 0.5})
     nn.init.normal_(nucleus.gate.weight, std=0.1)  # logits of a trained router's spread
     low, high = 0.0, 1.0
     for _ in range(20):  # the threshold that lets k pass on average
-        nucleus.gate.top_p = (low + high) / 2
+        nucleus.gate.p = (low + high) / 2
         chosen = (nucleus.gate(tokens.flatten(0, 1)).weights != 0).sum(-1).float().mean()
-        low, high = (nucleus.gate.top_p, high) if chosen < args.top_k else (low, nucleus.gate.top_p)
+        low, high = (nucleus.gate.p, high) if chosen < args.top_k else (low, nucleus.gate.p)
     for name, ours in (("null experts", with_nulls), ("top_p", nucleus)):
         routing = ours.gate(tokens.flatten(0, 1))
         used = ((routing.weights != 0) & (routing.indices < args.experts)).sum(-1).float()
@@ -165,13 +166,20 @@ class LargestTensor(TorchDispatchMode):
 def memory(args: argparse.Namespace, tokens: torch.Tensor) -> None:
     """Forward and backward of the feed-forwards with 512 x 512 experts."""
     cases = {
-        "monet": {"type": "monet", "num_experts": 512, "expert_size": 12, "num_heads": 6, "top_k": 32},
-        "ultra_mem": {"type": "ultra_mem", "num_keys": 512, "top_k": 32},
-        "peer": {"type": "peer", "num_keys": 512},
+        "monet, vertical": {"type": "monet", "expert_size": 12, "num_heads": 6, "top_k": 32},
+        "monet, horizontal": {
+            "type": "monet",
+            "expert_size": 12,
+            "num_heads": 6,
+            "top_k": 32,
+            "decomposition": "horizontal",
+        },
+        "ultra_mem": {"type": "ultra_mem", "value_size": 192, "pre_value_size": 64, "intermediate_size": 512},
+        "peer": {"type": "peer"},
     }
     for name, options in cases.items():
-        part = FEED_FORWARDS[options.pop("type")]
-        config = our_config(args)
+        options = resolve(FEED_FORWARDS, {"num_keys": 512, **options})
+        part, config = FEED_FORWARDS[options.pop("type")], our_config(args)
         shared = nn.ModuleDict(part.shared_modules(config, **options))
         module = part(config, 0, **options)
         for parameter in (*module.parameters(), *shared.parameters()):
