@@ -1,4 +1,4 @@
-"""SPT's routed feed-forward (https://arxiv.org/abs/2310.12365, code `ytgui/SPT-proto`): blocks of a dense one.
+"""SPT's routed feed-forward (https://arxiv.org/abs/2312.10365, code `ytgui/SPT-proto`): blocks of a dense one.
 
     y = sum_g c_g W_down,g (act(c_g W_gate,g x) * c_g W_up,g x),    c = 2 sigmoid(W x + b)
 
