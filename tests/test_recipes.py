@@ -10,7 +10,7 @@ import yaml
 from hf_moe import HfMoeConfig, HfMoeForCausalLM
 
 RECIPES = sorted((Path(__file__).parent.parent / "docs" / "recipes").glob("*.yaml"))
-PUBLISHED = {"kimi_linear": 48, "minimax": 456}  # billions of parameters
+PUBLISHED = {"kimi_linear": 48, "longcat_flash": 560, "minimax": 456}  # billions of parameters
 TINY = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -27,6 +27,8 @@ TINY = {
     "num_groups": 2,
     "feature_dim": 4,
     "kv_lora_rank": 16,
+    "num_zero_experts": 2,
+    "q_lora_rank": 16,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4,
     "v_head_dim": 8,

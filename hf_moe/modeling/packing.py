@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
+from transformers.masking_utils import create_masks_for_generate, packed_sequence_mask_function
 
 
 class Rows(NamedTuple):
@@ -119,6 +120,30 @@ def positions_of(
         return (columns + seen)[None]
     starts = F.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
     return columns - columns.where(starts, 0).cummax(1).values
+
+
+def layer_masks(
+    config: Any,
+    attention_mask: Any,
+    inputs_embeds: torch.Tensor,
+    past_key_values: Any,
+    position_ids: torch.Tensor,
+    segments: torch.Tensor | None,
+) -> dict[str, Any]:
+    """One mask per layer type; `generate` with a static cache hands them over ready-made."""
+    if isinstance(attention_mask, dict):
+        return attention_mask
+    if past_key_values is not None and "sliding_attention" in config.layer_types:
+        check_window(attention_mask, config.sliding_window)
+    packed: dict[str, Any] = {}
+    if segments is not None and attention_mask is not None:
+        packed = {"and_mask_function": packed_sequence_mask_function(segments)}
+    elif segments is not None:  # Transformers finds them itself, and would not expect them in a mask function too
+        position_ids = positions_of(segments, inputs_embeds)
+    masks: Any = create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids, **packed
+    )
+    return masks  # a dict, since our configs have `layer_types`
 
 
 def mask_for_flash(attention_mask: Any, segments: torch.Tensor, has_lengths: bool) -> Any:
