@@ -74,8 +74,8 @@ class MixtureOfAttention(Mixer):
     def check(cls, config: Any, *, num_experts: int, heads_per_expert: int, router: dict, **options: Any) -> None:
         if ROUTERS[router["type"]].carries_state or ROUTERS[router["type"]].reads_experts:
             raise ValueError(
-                f"A {router['type']!r} router carries its state through the feed-forwards; use another one, e.g. "
-                "'top_k', for 'mixture_of_attention'."
+                f"A {router['type']!r} router carries its state through the feed-forwards or reads their experts; use "
+                "another one, e.g. 'top_k', for 'mixture_of_attention'."
             )
         if heads_per_expert < 1:
             raise ValueError(f"heads_per_expert={heads_per_expert} must be at least 1.")
@@ -106,6 +106,7 @@ class MixtureOfAttention(Mixer):
         key = self.k_proj(hidden_states).view(shape).squeeze(2).transpose(1, 2)  # (B, H, T, d)
         value = self.v_proj(hidden_states).view(shape).squeeze(2).transpose(1, 2)
         # the K queries that read one key head next to each other: keys and values need no copy
+        self.num_key_value_groups = query.shape[2]  # a router's k may change, as SMoE-Dropout's does
         query = query.permute(0, 3, 2, 1, 4).flatten(1, 2).to(key.dtype)  # (B, H K, T, d)
         if self.rotary:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
