@@ -5,6 +5,8 @@ Run as a script it is one process of a data-parallel run: `torchrun --nproc-per-
 
 import sys
 import tempfile
+import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +72,31 @@ def arguments(accumulation: int, processes: int = 1, cls: type[TrainingArguments
     )
 
 
-def with_trainer(network: PreTrainedModel, data: Dataset, accumulation: int = 1, processes: int = 1) -> Gradients:
+def with_trainer(
+    network: PreTrainedModel,
+    data: Dataset,
+    accumulation: int = 1,
+    processes: int = 1,
+    cls: type[Trainer] = Trainer,
+    callbacks: Sequence[TrainerCallback] = (),
+    **extra: Any,
+) -> Gradients:
     """The gradients under transformers' Trainer."""
     keep = KeepGradients()
-    args = arguments(accumulation, processes)
-    Trainer(network, args, train_dataset=data, data_collator=default_data_collator, callbacks=[keep]).train()
+    args = arguments(accumulation, processes, **extra)
+    collate = default_data_collator
+    cls(network, args, train_dataset=data, data_collator=collate, callbacks=[keep, *callbacks]).train()
     return keep.gradients
 
 
 def with_trl(
-    network: PreTrainedModel, data: Dataset, tokenizer: Any, accumulation: int = 1, checkpointing: bool = False
+    network: PreTrainedModel,
+    data: Dataset,
+    tokenizer: Any,
+    accumulation: int = 1,
+    checkpointing: bool = False,
+    mixin: type = object,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Gradients:
     """The gradients under TRL's SFTTrainer, which never calls the model's own loss."""
     from trl import SFTConfig, SFTTrainer
@@ -87,12 +104,12 @@ def with_trl(
     keep = KeepGradients()
     args = arguments(accumulation, cls=SFTConfig, activation_checkpointing=checkpointing, bf16=False)
     args.dataset_kwargs = {"skip_prepare_dataset": True}
-    SFTTrainer(
+    types.new_class("Mixed", (mixin, SFTTrainer) if mixin is not object else (SFTTrainer,))(
         network,
         args,
         train_dataset=data,
         data_collator=default_data_collator,
-        callbacks=[keep],
+        callbacks=[keep, *callbacks],
         processing_class=tokenizer,
     ).train()
     return keep.gradients

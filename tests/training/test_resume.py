@@ -1,11 +1,12 @@
 """Resuming a Trainer run restores everything, experts included."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_moe.testing import tiny_config
 
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import balance
 
 
-def trainer(network, folder: Path, **extra) -> Trainer:
+def trainer(network, folder: Path, callbacks: Sequence[TrainerCallback] = (), **extra) -> Trainer:
     """Four steps, a checkpoint and an evaluation after each second one."""
     args = TrainingArguments(
         output_dir=str(folder),
@@ -30,7 +31,8 @@ def trainer(network, folder: Path, **extra) -> Trainer:
         **extra,
     )
     data = balance.rows(same_tokens=False)
-    return Trainer(network, args, train_dataset=data, eval_dataset=data, data_collator=default_data_collator)
+    collate = default_data_collator
+    return Trainer(network, args, collate, train_dataset=data, eval_dataset=data, callbacks=list(callbacks))
 
 
 @pytest.mark.allow_warnings("missing keys in the checkpoint model loaded: ['lm_head.weight']")  # tied: any such model
