@@ -1,4 +1,4 @@
-"""SPT's sparse attention (https://arxiv.org/abs/2310.12365; released code `ytgui/SPT-proto`).
+"""SPT's sparse attention (https://arxiv.org/abs/2312.10365; released code `ytgui/SPT-proto`).
 
     code(x) = nearest codeword of each piece of x,    match(t, j) = number of equal codes of q_t and k_j
     o_t = sum_j softmax_j(clamp(q_t . k_j / sqrt(d), -10, 10)) v_j    over the L keys that match best

@@ -1,4 +1,4 @@
-"""SPT's product quantiser (https://arxiv.org/abs/2310.12365, released code): vectors as a few small integers.
+"""SPT's product quantiser (https://arxiv.org/abs/2312.10365, released code): vectors as a few small integers.
 
 A vector is cut into M pieces of c entries; the code of a piece is the nearest of its K codewords in L1 distance.
 Letters: N vectors, M subspaces, K codewords per subspace, c codeword size, d = M c.
