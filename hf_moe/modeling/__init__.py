@@ -4,6 +4,7 @@ from .anatomy import MoeLayer, moe_layers
 from .blocks import BLOCKS
 from .cache import CacheMemory, cache_memory
 from .configuration import DecoderConfig
+from .counting import ParameterCounts, count_parameters
 from .experts import EXPERTS
 from .feed_forwards import FEED_FORWARDS
 from .host import register

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration import DecoderConfig
+from .feed_forwards.chain_of_experts import ChainOfExperts
 from .feed_forwards.moe import Moe
+from .feed_forwards.pooled_moe import PooledMoe
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,14 @@ class MoeLayer:
         name: path of the layer in the model, e.g. `model.layers.3.mlp`.
         module: the whole sparse feed-forward.
         gate: the router; its first output is the logits (N, E).
-        experts: the stacked experts.
+        experts: the stacked experts. Layers that share a pool (`pooled_moe`) each yield the same module.
         num_experts: routed experts E.
         scoring: `softmax` over all experts, `softmax_selected` over the chosen ones, or `sigmoid`.
         normalize: whether the chosen weights are divided by their sum.
         transposed: whether expert weights are stored (in, out) instead of (out, in).
         shared_experts: what every token passes through beside them, or None.
         selection_bias: (E,) added to the scores for the choice only (aux-loss-free balancing), or None.
+        later_gates: the routers of the second and later iterations over the same experts (`chain_of_experts`).
     """
 
     name: str
@@ -38,6 +42,7 @@ class MoeLayer:
     transposed: bool = False
     shared_experts: nn.Module | None = None
     selection_bias: torch.Tensor | None = None
+    later_gates: tuple[nn.Module, ...] = ()
 
     @property
     def top_k(self) -> int:
@@ -77,22 +82,28 @@ def moe_layers(model: PreTrainedModel) -> Iterator[MoeLayer]:
             f"The MoE layers of {model_type!r} are not known; choose from our own types and {sorted(NATIVE)}."
         )
     for name, module in model.named_modules():
-        if isinstance(module, Moe):
-            yield _our_layer(name, module)
+        if isinstance(module, (Moe, ChainOfExperts, PooledMoe)):
+            yield _our_layer(name, module, model)
         elif not ours and type(module).__name__ == NATIVE[model_type].block:
             yield _native_layer(name, module, NATIVE[model_type])
 
 
-def _our_layer(name: str, module: Moe) -> MoeLayer:
+def _our_layer(name: str, module: Moe | ChainOfExperts | PooledMoe, model: PreTrainedModel) -> MoeLayer:
+    gates: list[Any] = list(module.gate) if isinstance(module, ChainOfExperts) else [module.gate]
+    decoder: Any = model.base_model
+    owner = module.expert_pool(decoder.shared) if isinstance(module, PooledMoe) else module
+    gate, *later_gates = gates
     return MoeLayer(
         name=name,
         module=module,
-        gate=module.gate,
-        experts=getattr(module, module.experts_attribute),
-        num_experts=module.gate.num_experts,
-        scoring=module.gate.scoring,
-        normalize=module.gate.normalize,
+        gate=gate,
+        experts=getattr(owner, module.experts_attribute),
+        num_experts=gate.num_experts,
+        scoring=gate.scoring,
+        normalize=gate.normalize,
         shared_experts=module.shared_expert,
+        selection_bias=gate.e_score_correction_bias,
+        later_gates=tuple(later_gates),
     )
 
 

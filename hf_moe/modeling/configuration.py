@@ -9,10 +9,12 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .blocks import BLOCKS
+from .experts import Experts
 from .feed_forwards import FEED_FORWARDS
 from .losses import BALANCE_LOSSES
 from .mixers import MIXERS
 from .parts import resolve, walk
+from .routers import Router
 
 
 @strict
@@ -20,6 +22,8 @@ class DecoderConfig(PreTrainedConfig):
     """Sizes shared by all layers. A subclass says what its `blocks` are made of and in which `block_pattern`.
 
     Args:
+        num_hidden_layers: token mixers over the depth, which are the layers of a cache; a block with two mixers counts
+            as two (as in Transformers' LongCat-Flash).
         num_key_value_heads: defaults to `num_attention_heads`.
         head_dim: defaults to `hidden_size // num_attention_heads`.
         rope_parameters: defaults to `{"rope_type": "default", "rope_theta": 10000.0}`.
@@ -28,7 +32,10 @@ class DecoderConfig(PreTrainedConfig):
         router_aux_loss_coef: weight of the load-balancing loss of each MoE layer, added to the loss in training; 0
             turns it off. Switch Transformer's 0.01.
         router_z_loss_coef: weight of the router z-loss of each MoE layer (ST-MoE's 0.001); off by default.
-        router_balance_loss: which loss `router_aux_loss_coef` weighs, a name in `modeling.losses.BALANCE_LOSSES`.
+        router_balance_loss: which loss `router_aux_loss_coef` weighs, a name in `modeling.losses.BALANCE_LOSSES`:
+            `switch` within each micro-batch, `sequence` within each sequence (DeepSeek-V3), `global` over the whole
+            optimizer step (with `hf_moe.training.LoadBalancing`), `averaged_null` (AdaMoE), `importance`,
+            `score_importance`.
 
     Raises:
         ValueError: unknown part or option, head counts that do not divide, more experts per token than experts.
@@ -39,6 +46,8 @@ class DecoderConfig(PreTrainedConfig):
         block_pattern: ClassVar[Any]
 
     keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "router_logits"]
+    # the beginning of a name inside a layer: as published checkpoints have it, and as we do; saved as published
+    published_names: ClassVar[dict[str, str]] = {}
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -74,6 +83,8 @@ class DecoderConfig(PreTrainedConfig):
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         self.validate_parts()
+        kwargs = self.convert_rope_params_to_dict(**kwargs)  # from here on, parts with rotary positions can be built
+        self.validate_shared_modules()
         super().__post_init__(**kwargs)
 
     def validate_parts(self) -> None:
@@ -84,6 +95,11 @@ class DecoderConfig(PreTrainedConfig):
             )
         self.check_heads()
         self.check_blocks()
+
+    def validate_shared_modules(self) -> None:
+        """Blocks that share a module under one name must want the same."""
+        with torch.device("meta"):
+            self.shared_modules()
 
     def check_heads(self) -> None:
         """Query heads must come in equal groups per key head, and rotary positions need an even head width."""
@@ -116,15 +132,24 @@ class DecoderConfig(PreTrainedConfig):
             raise ValueError(
                 f"{sorted(carriers)} each send a state of their own from layer to layer; a model can have one of them."
             )
-        with torch.device("meta"):
-            self.shared_modules()
+        self.check_depth()
+
+    def check_depth(self) -> None:
+        """Blocks with several mixers must end where the layers do."""
+        starts = self.block_starts
+        ends = starts[-1] + BLOCKS[self.block(len(starts) - 1)["type"]].num_mixers if starts else 0
+        if ends != self.num_hidden_layers:
+            raise ValueError(
+                f"num_hidden_layers={self.num_hidden_layers} counts token mixers and ends inside a block that has "
+                f"several: use one of {[depth for depth in (starts[-1], ends) if depth]}."
+            )
 
     def validate_layer_type(self) -> None:
         """`layer_types` is derived from checked specs and may name cache layers of our own."""
 
-    def block(self, layer_idx: int) -> dict[str, Any]:
-        """The resolved spec of one layer; the pattern repeats until every layer has one."""
-        return resolve(BLOCKS, self.blocks[self.block_pattern[layer_idx % len(self.block_pattern)]])
+    def block(self, number: int) -> dict[str, Any]:
+        """The resolved spec of one block; the pattern repeats over the depth."""
+        return resolve(BLOCKS, self.blocks[self.block_pattern[number % len(self.block_pattern)]])
 
     def shared_modules(self) -> dict[str, nn.Module]:
         """Build the modules that parts share over the depth; blocks that want different ones under a name conflict."""
@@ -157,11 +182,22 @@ class DecoderConfig(PreTrainedConfig):
         return [block for block, kind in zip(used, kinds) if kind and FEED_FORWARDS[kind].routed]
 
     @property
+    def block_starts(self) -> list[int]:
+        """The first layer of each block in order of depth: a block spans as many layers as it has mixers."""
+        blocks, pattern = self.blocks, self.block_pattern
+        starts, layer_idx = [], 0
+        while layer_idx < self.num_hidden_layers:
+            spec = blocks[pattern[len(starts) % len(pattern)]]
+            starts.append(layer_idx)
+            layer_idx += BLOCKS[spec["type"]].num_mixers
+        return starts
+
+    @property
     def layer_types(self) -> list[str]:
         """What Transformers needs to choose each layer's cache and mask."""
         blocks = self.blocks  # not resolved again: this runs in every forward pass, compiled ones too
-        mixers = [blocks[name]["mixer"] for name in self.block_pattern]
-        types = [MIXERS[mixer["type"]].layer_type_of(mixer) for mixer in mixers]
+        specs = [blocks[name] for name in self.block_pattern for _ in range(BLOCKS[blocks[name]["type"]].num_mixers)]
+        types = [MIXERS[spec["mixer"]["type"]].layer_type_of(spec["mixer"]) for spec in specs]
         return [types[layer_idx % len(types)] for layer_idx in range(self.num_hidden_layers)]
 
     @property
@@ -174,16 +210,20 @@ class DecoderConfig(PreTrainedConfig):
         """Expert-parallel plan, put together from what the parts declare; None if no experts can be distributed."""
         return self.plan("ep_plan") or None
 
-    def plan(self, name: str) -> dict[str, str]:
-        """Collect one kind of plan (`tp_plan` or `ep_plan`) over all layers.
+    def plan(self, name: str, specs: list[dict[str, Any]] | None = None, prefix: str = "layers.*") -> dict[str, str]:
+        """Collect one kind of plan (`tp_plan` or `ep_plan`) over all layers, or over blocks of other `specs`.
 
         Transformers looks layers up as `layers.*` only: where two blocks disagree about a module, nothing is sharded.
         """
         plan: dict[str, str] = {}
-        for block in dict.fromkeys(self.block_pattern):
-            for path, part, options in walk(BLOCKS, resolve(BLOCKS, self.blocks[block]), "layers.*"):
+        for spec in specs or [self.blocks[block] for block in dict.fromkeys(self.block_pattern)]:
+            parts = list(walk(BLOCKS, resolve(BLOCKS, spec), prefix))
+            whole = any(issubclass(part, Router) and part.reads_experts for _, part, _ in parts)  # no shard tells all
+            for path, part, options in parts:
                 for child, style in part.plan(name, **options).items():
                     key = f"{path}.{child}" if child else path
+                    if whole and issubclass(part, Experts):
+                        plan[key] = "replicate"
                     if plan.setdefault(key, style) != style:
                         plan[key] = "replicate"
         return {key: style for key, style in plan.items() if style != "replicate"}

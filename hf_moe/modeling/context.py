@@ -25,6 +25,7 @@ class ForwardContext:
         default_factory=dict
     )  # what else the model was called with: `token_type_ids` ...
     experts: nn.Module | None = None  # the experts to choose from, for a router that `reads_experts`
+    candidates: torch.Tensor | None = None  # (E,) which experts a router that `takes_candidates` may choose; None: all
 
     def with_experts(self, experts: nn.Module) -> "ForwardContext":
         """The same context for a router that reads the weights of its experts."""

@@ -1,5 +1,6 @@
 """What we teach Transformers at import: our classes, our checkpoint layouts, one balance loss for every trainer."""
 
+import re
 from functools import wraps
 
 import torch
@@ -11,7 +12,13 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.mixtral import modeling_mixtral
 
@@ -43,11 +50,14 @@ def register_checkpoint_layout(config_class: type[DecoderConfig]) -> None:
     """Save the experts of a model type as one tensor per expert, the layout that vLLM, llama.cpp and mergekit read.
 
     In memory they are stacked; `from_pretrained` accepts both layouts, `save_pretrained(save_original_format=False)`
-    writes the stacked one.
+    writes the stacked one. The same holds for names of layers in `config_class.published_names`.
     """
     feed_forwards = [block["feed_forward"] for block in config_class().blocks.values() if "feed_forward" in block]
     kinds = [feed_forward["experts"]["type"] for feed_forward in feed_forwards if "experts" in feed_forward]
-    converters = []
+    converters: list[WeightConverter | WeightRenaming] = [
+        WeightRenaming(re.escape(f".{theirs}"), re.escape(f".{ours}"))
+        for theirs, ours in config_class.published_names.items()
+    ]
     for kind in EXPERTS if "blocks" in config_class.__dataclass_fields__ else kinds:  # a free composition may hold any
         experts = EXPERTS[kind]
         for fused, names in experts.per_expert_names.items():

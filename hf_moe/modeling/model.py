@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_masks_for_generate, packed_sequence_mask_function
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -21,11 +20,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .blocks import BLOCKS, Block
 from .configuration import DecoderConfig
 from .context import ForwardContext
+from .generation import PartsGenerationMixin
 from .layers import RMSNorm, RotaryEmbedding
 from .losses import RouterLogits, share_of_labels, weighted_losses
 from .mixers import Mixer
-from .packing import check_window, find_segments, mask_for_flash, padding_mask, positions_of
-from .parts import FP32_BUFFERS, Part, build
+from .packing import find_segments, layer_masks, mask_for_flash, padding_mask, positions_of
+from .parts import Part, build, fp32_buffers
 from .routers import Router
 
 
@@ -54,7 +54,6 @@ class DecoderPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = [block.__name__ for block in BLOCKS.values()]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = FP32_BUFFERS
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
@@ -84,14 +83,15 @@ class DecoderModel(DecoderPreTrainedModel):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
-        specs = [config.block(layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        blocks = [(config.block(number), layer_idx) for number, layer_idx in enumerate(config.block_starts)]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(build(BLOCKS, spec, config, layer_idx) for layer_idx, spec in enumerate(specs))
+        self.layers = nn.ModuleList(build(BLOCKS, spec, config, layer_idx) for spec, layer_idx in blocks)
         # one object over the depth, held here so that sharding and adapters see each parameter once
         self.shared = nn.ModuleDict(config.shared_modules())
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)  # pyright: ignore[reportArgumentType] - annotated with Llama's config
         self.gradient_checkpointing = False
+        self._keep_in_fp32_modules_strict = fp32_buffers(self)
         self.post_init()
 
     @merge_with_config_defaults
@@ -112,69 +112,60 @@ class DecoderModel(DecoderPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        segments = find_segments(inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
-        if position_ids is None:
-            position_ids = positions_of(segments, inputs_embeds, past_key_values)
-        if segments is not None and "flash" in (self.config._attn_implementation or ""):
-            attention_mask = mask_for_flash(attention_mask, segments, "cu_seq_lens_q" in kwargs)
-        masks = self.layer_masks(attention_mask, inputs_embeds, past_key_values, position_ids, segments)
-        if use_cache and past_key_values is None and segments is None:  # packed rows cannot be continued
-            past_key_values = DynamicCache(config=self.config)
-        with_losses = self.training or bool(kwargs.pop("output_router_logits", self.config.output_router_logits))
-        token_mask, balance = self.token_mask(attention_mask, inputs_embeds), self.config.router_balance_loss
-        shape = (inputs_embeds.shape[0], inputs_embeds.shape[1])
-        context = ForwardContext(self.shared, token_mask, with_losses, segments, shape, balance, kwargs)
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        masks, inputs = self.layer_inputs(
+            inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, **kwargs
+        )
         hidden_states, router_state, all_losses = inputs_embeds, None, []
-        for layer, layer_type in zip(self.layers, self.config.layer_types):
-            hidden_states, router_state, losses = layer(
-                hidden_states,
-                router_state,
-                context=context,
-                position_embeddings=position_embeddings,
-                attention_mask=masks[layer_type],
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
+        for layer, mask in zip(self.layers, masks):
+            hidden_states, router_state, losses = layer(hidden_states, router_state, attention_mask=mask, **inputs)
             if losses is not None:
                 all_losses.append(losses.to(inputs_embeds.device))
         router_losses = torch.stack(all_losses).sum(0) if all_losses else None
         return DecoderOutput(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            past_key_values=inputs["past_key_values"],
             router_losses=router_losses,
             aux_loss=self.aux_loss(router_losses, inputs_embeds),
         )
 
-    def layer_masks(
+    def layer_inputs(
         self,
-        attention_mask: Any,
         inputs_embeds: torch.Tensor,
-        past_key_values: Cache | None,
-        position_ids: torch.Tensor,
-        segments: torch.Tensor | None,
-    ) -> dict[str, Any]:
-        """One mask per layer type; `generate` with a static cache hands them over ready-made."""
-        if isinstance(attention_mask, dict):
-            return attention_mask
-        if past_key_values is not None and "sliding_attention" in self.config.layer_types:
-            check_window(attention_mask, self.config.sliding_window)
-        packed: dict[str, Any] = {}
-        if segments is not None and attention_mask is not None:
-            packed = {"and_mask_function": packed_sequence_mask_function(segments)}
-        elif segments is not None:  # Transformers finds them itself, and would not expect them in a mask function too
-            position_ids = positions_of(segments, inputs_embeds)
-        masks: Any = create_masks_for_generate(
-            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, **packed
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """The mask of each block, and what all of them receive besides."""
+        segments = find_segments(inputs_embeds, attention_mask, position_ids, past_key_values, **kwargs)
+        if position_ids is None:
+            position_ids = positions_of(segments, inputs_embeds, past_key_values)
+        if segments is not None and "flash" in (self.config._attn_implementation or ""):
+            attention_mask = mask_for_flash(attention_mask, segments, "cu_seq_lens_q" in kwargs)
+        masks = layer_masks(self.config, attention_mask, inputs_embeds, past_key_values, position_ids, segments)
+        if use_cache and past_key_values is None and segments is None:  # packed rows cannot be continued
+            past_key_values = DynamicCache(config=self.config)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        token_mask = padding_mask(attention_mask, inputs_embeds.shape[1])  # None where there is a mask per layer type
+        context = ForwardContext(
+            self.shared,
+            None if token_mask is None else token_mask.flatten(),
+            self.training or bool(output_router_logits),
+            segments,
+            (inputs_embeds.shape[0], inputs_embeds.shape[1]),
+            self.config.router_balance_loss,
+            kwargs,
         )
-        return masks  # a dict, since our configs have `layer_types`
-
-    @staticmethod
-    def token_mask(attention_mask: Any, inputs_embeds: torch.Tensor) -> torch.Tensor | None:
-        """(N,) which tokens of this forward are real; None where only masks per layer type are known."""
-        mask = padding_mask(attention_mask, inputs_embeds.shape[1])
-        return None if mask is None else mask.flatten()
+        shared = {"context": context, "position_ids": position_ids, "past_key_values": past_key_values}
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        layer_types = self.config.layer_types
+        return (
+            [masks[layer_types[layer_idx]] for layer_idx in self.config.block_starts],
+            {**kwargs, **shared, "position_embeddings": position_embeddings},
+        )
 
     def aux_loss(self, router_losses: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """The scalar that `router_aux_loss_coef` multiplies: all losses, at their ratio to the balance loss."""
@@ -184,7 +175,7 @@ class DecoderModel(DecoderPreTrainedModel):
         return weighted_losses(router_losses, self.config) / coef if coef else router_losses[0]
 
 
-class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
+class DecoderForCausalLM(DecoderPreTrainedModel, PartsGenerationMixin):
     """Decoder with a language-modeling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -221,22 +212,22 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
-            **kwargs,
+            **inputs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
             if self.training:
-                loss = loss + self.router_loss(outputs, labels, **kwargs).to(loss.device)
+                inputs |= {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+                loss = loss + self.added_loss(outputs, labels, **inputs).to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=outputs.aux_loss if outputs.router_losses is not None else None,
@@ -247,7 +238,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
-    def router_loss(
+    def added_loss(
         self,
         outputs: DecoderOutput,
         labels: torch.Tensor,
@@ -255,7 +246,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         shift_labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The weighted balance losses of one micro-batch."""
+        """What training adds to the cross-entropy of one micro-batch: here the weighted balance losses.
+
+        Subclasses may add losses of their own; `kwargs` holds all inputs of the model.
+        """
         if outputs.router_losses is None:
             return labels.new_zeros((), dtype=torch.float32)
         share = share_of_labels(labels, num_items_in_batch, shift_labels)
@@ -271,7 +265,7 @@ class DecoderForTokenClassification(GenericForTokenClassification, DecoderPreTra
 
 
 def model_classes(
-    prefix: str, config_class: type[DecoderConfig]
+    prefix: str, config_class: type[DecoderConfig], causal_lm_class: type[DecoderForCausalLM] = DecoderForCausalLM
 ) -> tuple[
     type[DecoderModel],
     type[DecoderForCausalLM],
@@ -280,18 +274,19 @@ def model_classes(
 ]:
     """The classes of a named architecture, e.g. `BamModel` and `BamForCausalLM` for the prefix `Bam`.
 
-    They differ from the decoder's in their config only, but Transformers wants one class per config and head.
+    They differ from the decoder's in their config only, but Transformers wants one class per config and head. Another
+    `causal_lm_class` is one that trains differently.
     """
 
-    def subclass(base: Any, **attributes: Any) -> Any:
-        name = base.__name__.replace("Decoder", prefix)
+    def subclass(base: Any, head: str, **attributes: Any) -> Any:
+        name = prefix + head
         members = {"config_class": config_class, "__module__": config_class.__module__, "__doc__": base.__doc__}
         return type(name, (base,), {**members, **attributes})
 
-    model = subclass(DecoderModel)
+    model = subclass(DecoderModel, "Model")
     return (
         model,
-        subclass(DecoderForCausalLM, model_class=model),
-        subclass(DecoderForSequenceClassification),
-        subclass(DecoderForTokenClassification),
+        subclass(causal_lm_class, "ForCausalLM", model_class=model),
+        subclass(DecoderForSequenceClassification, "ForSequenceClassification"),
+        subclass(DecoderForTokenClassification, "ForTokenClassification"),
     )

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 # Buffers that a step of 0.001 or a running mean would be lost in, were they rounded to 16 bits.
-FP32_BUFFERS = ("e_score_correction_bias", "running_mean", "running_var")
+FP32_BUFFERS = (
+    "e_score_correction_bias",
+    "running_mean",
+    "running_var",
+    "gate_up_scale",
+    "down_scale",
+    "tucker_directions",
+)
 
 
 class Slot(NamedTuple):
@@ -25,9 +32,11 @@ class Part(nn.Module):
     """Base class of everything that stands in a table."""
 
     slots: ClassVar[dict[str, Slot]] = {}  # option name -> the slot it fills
+    homes: ClassVar[dict[str, str]] = {}  # option name -> path in the decoder of a slot that is filled elsewhere
     attribute: ClassVar[str | None] = None  # overrides the slot's attribute name
     tp_plan: ClassVar[dict[str, str]] = {}  # Transformers' tensor-parallel style per child; "" is the part itself
     ep_plan: ClassVar[dict[str, str]] = {}  # the same for expert parallelism
+    reads_inputs: ClassVar[tuple[str, ...]] = ()  # arguments of the model call, in `context.inputs`
     carries_state: ClassVar[bool] = False  # whether it reads and writes what travels from block to block
     spans_batch: ClassVar[bool] = False  # whether, in training, the tokens of a batch decide about each other
 
@@ -58,6 +67,11 @@ class Part(nn.Module):
             if converted.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = buffer.to(converted.device)
         return self
+
+
+def fp32_buffers(module: nn.Module) -> set[str]:
+    """Which of `FP32_BUFFERS` occur in a model: the loader must not round them either."""
+    return {name.rpartition(".")[2] for name, _ in module.named_buffers()} & set(FP32_BUFFERS)
 
 
 def resolve(table: Mapping[str, type[Part]], spec: dict[str, Any]) -> dict[str, Any]:
@@ -98,4 +112,5 @@ def walk(
     yield path, part, options
     for name, slot in part.slots.items():
         attribute = slot.table[spec[name]["type"]].attribute or slot.attribute
-        yield from walk(slot.table, spec[name], f"{path}.{attribute}" if path else attribute)
+        home = part.homes.get(name, path)
+        yield from walk(slot.table, spec[name], f"{home}.{attribute}" if home else attribute)

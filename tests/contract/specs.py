@@ -39,11 +39,37 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "top_k": {"type": "top_k", "top_k": 2},
     "soft": {"type": "soft"},
     "recurrent": {"type": "recurrent", "state_size": 8},
+    "sparsity_aware": {"type": "sparsity_aware"},
+    "random": {"type": "random", "inference": "all"},  # otherwise two calls differ
+    "frozen": {"type": "frozen"},
+    "decoupled": {"type": "decoupled", "top_k": 2},
+    "prototype": {"type": "prototype", "top_k": 2},
+    "uncertainty": {"type": "uncertainty"},
+    "pre_gated": {"type": "pre_gated", "top_k": 2},
+    "modality": {"type": "modality"},
+    "condition": {"type": "condition", "condition_size": 6},
+    "grouped_top_k": {"type": "grouped_top_k", "top_k": 2, "num_groups": 2, "learned_scale": True},
+    "top_p": {"type": "top_p"},
+    "relu_norm": {"type": "relu_norm", "chunk_size": 4},
+    # sampling is tested with fixed draws, in tests/published/test_sparse_mixer.py
+    "sparse_mixer": {"type": "sparse_mixer", "top_k": 3, "top_p": 0.7, "sample": False, "always_experts": 1},
 }
 EXPERTS: dict[str, dict[str, Any]] = {
     "swiglu": {"type": "swiglu", "intermediate_size": 16},
     "latent": {"type": "latent", "intermediate_size": 16, "latent_size": 8, "experts_per_group": 2},
+    "mlp": {"type": "mlp", "intermediate_size": 16},
+    "feature_modulated": {"type": "feature_modulated", "intermediate_size": 16, "adaptor_size": 8},
+    "ternary": {"type": "ternary", "intermediate_size": 16, "activation_bits": None},  # rounding magnifies noise
+    "identity": {"type": "identity"},
+    "compressed": {"type": "compressed", "intermediate_size": 16, "num_main_experts": 1},
 }
+
+
+def fits(router: str, experts: str) -> bool:
+    """Whether the router understands the weights of the experts, if it reads them."""
+    return router != "sparsity_aware" or experts in ("swiglu", "mlp")
+
+
 BLOCKS = ("pre_norm", "parallel")  # with both halves; `mixer_only` stands among the variants
 
 
@@ -61,21 +87,43 @@ ATTENTION = MIXERS["attention"]
 SOFT_ATTENTION = MIXERS["soft_mixture_of_attention"]
 MLP = {"type": "mlp", "intermediate_size": 48}
 UNGATED_MLP = {"type": "ungated_mlp", "intermediate_size": 48}
-FEED_FORWARDS: dict[str, dict[str, Any]] = {"mlp": MLP, "ungated_mlp": UNGATED_MLP}  # every kind but `moe`
+FEED_FORWARDS: dict[str, dict[str, Any]] = {  # every kind but `moe`
+    "mlp": MLP,
+    "ungated_mlp": UNGATED_MLP,
+    "monet": {"type": "monet", "num_keys": 5, "num_heads": 2, "expert_size": 4, "top_k": 2},
+    "chain_of_experts": {**moe(), "type": "chain_of_experts", "shared_intermediate_size": 8},
+    "pooled_moe": {**moe(), "type": "pooled_moe", "num_experts": 2},
+    "routed_ffn": {"type": "routed_ffn", "intermediate_size": 64},
+    "peer": {"type": "peer", "num_keys": 4, "key_size": 8, "num_heads": 2, "top_k": 3},
+    "spark": {"type": "spark", "intermediate_size": 48, "top_k": 8},
+    "ultra_mem": {
+        "type": "ultra_mem",
+        "num_keys": 4,
+        "value_size": 8,
+        "intermediate_size": 32,
+        "pre_value_size": 6,
+        "share_ratio": 0.5,
+        "top_k": 3,
+        "key_size": 8,
+    },
+}
 PRODUCT = {}
 # Every router, every kind of experts and every feed-forward behind attention; then every mixer with three routers. The
 # parts that a loop does not run over take turns.
 for number, router in enumerate(ROUTERS):
     experts = list(EXPERTS)[number % len(EXPERTS)]
+    experts = experts if fits(router, experts) else "mlp"
     PRODUCT[f"pre_norm-attention-{router}-{experts}"] = {"b": block(ATTENTION, moe(router, experts))}
 for number, experts in enumerate(EXPERTS):
     router = list(ROUTERS)[(number + 1) % len(ROUTERS)]
+    router = router if fits(router, experts) else "top_k"
     PRODUCT[f"parallel-attention-{router}-{experts}"] = {"b": block(ATTENTION, moe(router, experts), "parallel")}
 for name, feed_forward in FEED_FORWARDS.items():
     PRODUCT[f"pre_norm-attention-{name}"] = {"b": block(ATTENTION, feed_forward)}
 for number, (mixer, turn) in enumerate(itertools.product(MIXERS, range(3))):
     kind, router = BLOCKS[number % len(BLOCKS)], list(ROUTERS)[number % len(ROUTERS)]
     experts = list(EXPERTS)[(number + turn) % len(EXPERTS)]
+    experts = experts if fits(router, experts) else "swiglu"
     PRODUCT[f"{kind}-{mixer}-{router}-{experts}"] = {"b": block(MIXERS[mixer], moe(router, experts), kind)}
 AMF = {  # Hunyuan-TurboS: attention, Mamba-2, feed-forward, each with a residual of its own
     "a": {"type": "mixer_only", "mixer": {**ATTENTION, "qk_norm": True}},
@@ -102,11 +150,39 @@ VARIANTS = {  # options, and stacks of different blocks
         "b": block(ATTENTION, {**moe(), "router": {**ROUTERS["top_k"], "scoring": "softmax_selected"}})
     },
     "top_k-plain": {"b": block(ATTENTION, {**moe(), "router": {**ROUTERS["top_k"], "normalize": False}})},
+    "top_k-sigmoid": {
+        "b": block(
+            ATTENTION,
+            {
+                **moe(),
+                "router": {
+                    **ROUTERS["top_k"],
+                    "scoring": "sigmoid",
+                    "selection_bias": True,
+                    "scale": 2.5,
+                    "num_groups": 2,
+                    "bias": True,
+                },
+            },
+        )
+    },
+    "top_p-null": {"b": block(ATTENTION, {**moe("top_p"), "num_zero_experts": 2, "zero_expert_type": "null"})},
     "recurrent-rnn": {"b": block(ATTENTION, {**moe(), "router": {**ROUTERS["recurrent"], "cell": "rnn"}})},
     "recurrent-lstm": {"b": block(ATTENTION, {**moe(), "router": {**ROUTERS["recurrent"], "cell": "lstm"}})},
     "latent-down": {"b": block(ATTENTION, {**moe(), "experts": {**EXPERTS["latent"], "factorize_down": True}})},
+    "decoupled-concatenated": {
+        "b": block(ATTENTION, {**moe(), "router": {**ROUTERS["decoupled"], "combination": "concatenated"}})
+    },
+    "modality-family": {"b": block(ATTENTION, {**moe(), "router": {**ROUTERS["modality"], "candidates": "family"}})},
     "shared_expert": {"b": block(ATTENTION, moe(shared_intermediate_size=8))},
     "shared_expert-gated": {"b": block(ATTENTION, moe(shared_intermediate_size=8, shared_gate=True))},
+    "shared_experts-gated": {
+        "b": block(ATTENTION, moe(shared_intermediate_size=8, num_shared_experts=2, shared_gate=True))
+    },
+    "mlp-biases": {
+        "b": block(ATTENTION, {**moe(), "experts": {**EXPERTS["mlp"], "activation": "gelu", "bias": True}})
+    },
+    "ternary-packed": {"b": block(ATTENTION, {**moe(), "experts": {**EXPERTS["ternary"], "packed": True}})},
     "based-hedgehog": {
         "b": block({"type": "based", "feature_dim": 4, "feature_map": {"type": "hedgehog"}}, moe(), "parallel")
     },
@@ -133,6 +209,44 @@ VARIANTS = {  # options, and stacks of different blocks
         "b": block({**ATTENTION, "sliding": True}, moe()),
     },
     "hybrid-amf": AMF,
+    "hybrid-shortcut_moe": {"b": {**block(MIXERS["lightning_attention"], moe(), "shortcut_moe"), "dense": MLP}},
+    "shortcut_moe-latent": {
+        "b": {
+            **block(MIXERS["latent_attention"], {**moe("recurrent", "latent"), "num_zero_experts": 1}, "shortcut_moe"),
+            "dense": UNGATED_MLP,
+        }
+    },
+    "monet-shared": {
+        "a": block(ATTENTION, {**FEED_FORWARDS["monet"], "decomposition": "horizontal"}),
+        "b": block(ATTENTION, {**FEED_FORWARDS["monet"], "own_router": False}),
+    },
+    "chain-own_residual": {
+        "b": block(ATTENTION, {**FEED_FORWARDS["chain_of_experts"], "include_input": True}, "own_residual")
+    },
+    "chain-recurrent": {"b": block(ATTENTION, {**FEED_FORWARDS["chain_of_experts"], "router": ROUTERS["recurrent"]})},
+    "widenet": {"b": block(ATTENTION, moe(), "widenet")},
+    "hybrid-widenet-pool": {
+        "a": block(MIXERS["lightning_attention"], moe("recurrent", "latent"), "widenet"),
+        "b": block(MIXERS["mamba2"], {**FEED_FORWARDS["pooled_moe"], "layers_per_pool": 1}),
+    },
+    "ultra_mem-delayed": {  # version 1
+        "a": block(
+            ATTENTION,
+            {
+                "type": "ultra_mem",
+                "num_keys": 4,
+                "value_size": 8,
+                "intermediate_size": 32,
+                "top_k": 3,
+                "key_size": 8,
+                "num_heads": 2,
+                "key_expansion": 2,
+                "separate_projections": True,
+                "delayed": True,
+            },
+        ),
+        "b": block(ATTENTION, {"type": "memory_receiver", "intermediate_size": 32}),
+    },
     "dense-then-recurrent": {
         "a": block(ATTENTION, {"type": "mlp", "intermediate_size": 48}),
         "b": block(ATTENTION, moe("recurrent")),

@@ -93,6 +93,7 @@ ENTRIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**BAM, "block_type": "pre_norm", "share_key_value": True, "qk_norm": True, "qkv_bias": True},
     ),
     "switchhead": ("switchhead", {"num_key_value_heads": 4}),
+    "widenet": ("widenet", {"expert_bias": False}),  # biased experts have no parallel plan
 }
 
 CONTROL = "qwen3_moe"  # not ours: when one of our models fails, it tells whether Transformers itself passes

@@ -56,17 +56,65 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (model type, overrid
             "num_hidden_layers": len(specs.MIXERS),
         },
     ),
+    "hf_moe_every_router": (
+        "hf_moe",
+        {
+            "blocks": {
+                router: {"mixer": ATTENTION, "feed_forward": specs.moe(router)}
+                for router in specs.ROUTERS
+                if router != "recurrent"  # one kind of state per model, and this is in the case before
+            },
+            "num_hidden_layers": len(specs.ROUTERS) - 1,
+        },
+    ),
     "bam": ("bam", {}),
     "bam_shared": ("bam", {"block_type": "pre_norm", "share_key_value": True, "qk_norm": True, "qkv_bias": True}),
     "based": ("based", {"num_hidden_layers": 3}),
+    "blockffn": ("blockffn", {}),
+    "coe": ("coe", {}),
+    "coe_paper": ("coe", {"placement": "paper"}),
+    "deepseek_moe": ("deepseek_moe", {}),
+    "dynamic_moe": ("dynamic_moe", {}),
+    "ling": ("ling", {"num_hidden_layers": 3}),
+    "ling_released": ("ling", {"num_nextn_predict_layers": 0}),
+    "hf_moe_shortcut": (
+        "hf_moe",
+        {
+            "blocks": {"shortcut": {**DENSE, **SHARED_EXPERT, "type": "shortcut_moe", "dense": DENSE["feed_forward"]}},
+            "num_hidden_layers": 4,
+            "sliding_window": 8,
+        },
+    ),
     "moa": ("moa", {}),
+    "rexmoe": ("rexmoe", {}),
     "rmoe": ("rmoe", {}),
     "mole": ("mole", {}),
     "mole_factorized": ("mole", {"factorize_down": True}),
+    "moe_x": ("moe_x", {}),
+    "moge": ("moge", {}),
+    "moge_scaled": ("moge", {"learned_router_scale": True}),
+    "monet": ("monet", {}),
+    "monet_horizontal": ("monet", {"moe_decompose": "horizontal", "num_hidden_layers": 3}),
+    "peer": ("peer", {}),
     "peripheral_lm": ("peripheral_lm", {}),
     "sigma": ("sigma", {}),
     "sigma_selective": ("sigma", {"top_values": 4, "key_head_dim": 4}),
+    "smoe_dropout": ("smoe_dropout", {}),
     "switchhead": ("switchhead", {}),
+    "ultramem": ("ultramem", {}),
+    "ultramem_delayed": (
+        "ultramem",
+        {
+            "num_hidden_layers": 3,
+            "memory_layers": [0],
+            "memory_output_layers": [2],
+            "memory_share_ratio": None,
+            "memory_key_expansion": 2,
+            "memory_separate_projections": True,
+        },
+    ),
+    "thor": ("thor", {}),
+    "widenet": ("widenet", {}),
 }
 
 

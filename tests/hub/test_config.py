@@ -47,14 +47,80 @@ own = {
         }
     ),
     "based": st.fixed_dictionaries({"num_hidden_layers": st.integers(3, 4), "intermediate_size": sizes}),
+    "peer": st.fixed_dictionaries(
+        {
+            "peer_layers": st.none() | st.just([0]),
+            "peer_num_keys": st.integers(2, 6),
+            "peer_scoring": st.sampled_from(["softmax", "sigmoid", "relu"]),
+            "peer_query_norm": st.sampled_from(["batch", None]),
+            "intermediate_size": sizes,
+        }
+    ),
     "peripheral_lm": st.fixed_dictionaries(
         {"q_lora_rank": st.none() | sizes, "rope_interleave": st.booleans(), "intermediate_size": sizes}
+    ),
+    "blockffn": st.fixed_dictionaries(
+        {"num_experts": sizes, "moe_intermediate_size": sizes, "q_lora_rank": st.none() | sizes, "chunk_size": sizes}
+    ),
+    "dynamic_moe": st.fixed_dictionaries(
+        {
+            "num_experts": sizes,
+            "intermediate_size": sizes,
+            "expert_frequency": st.integers(1, 3),
+            "top_p_threshold": st.floats(0, 1),
+        }
+    ),
+    "moge": st.fixed_dictionaries(
+        {
+            "num_experts": st.sampled_from([8, 12]),
+            "num_experts_per_tok": st.sampled_from([4, 8]),
+            "num_expert_groups": st.sampled_from([1, 2, 4]),
+            "num_shared_experts": st.integers(0, 2),
+            "learned_router_scale": st.booleans(),
+            "attention_bias": st.booleans(),
+        }
+    ),
+    "rexmoe": st.fixed_dictionaries(
+        {
+            "num_hidden_layers": st.just(4),
+            "layers_per_pool": st.sampled_from([1, 2, 4]),
+            "moe_intermediate_size": sizes,
+            "candidate_masking": st.sampled_from(["random", "own_first"]),
+        }
     ),
     "rmoe": st.fixed_dictionaries(
         {
             "moe_intermediate_size": sizes,
             "router_state_size": sizes,
             "router_cell": st.sampled_from(["gru", "rnn", "lstm"]),
+        }
+    ),
+    "coe": st.fixed_dictionaries(
+        {
+            "moe_intermediate_size": sizes,
+            "num_iterations": st.integers(1, 3),
+            "num_shared_experts": st.integers(0, 2),
+            "placement": st.sampled_from(["pre_norm", "paper"]),
+            "shared_router": st.booleans(),
+        }
+    ),
+    "deepseek_moe": st.fixed_dictionaries(
+        {
+            "first_k_dense_replace": st.integers(0, 2),
+            "moe_layer_freq": st.integers(1, 2),
+            "num_shared_experts": st.integers(0, 2),
+            "norm_topk_prob": st.booleans(),
+            "moe_intermediate_size": sizes,
+        }
+    ),
+    "ling": st.fixed_dictionaries(
+        {
+            "first_k_dense_replace": st.integers(0, 2),
+            "num_shared_experts": st.integers(0, 2),
+            "num_nextn_predict_layers": st.integers(0, 2),
+            "moe_router_enable_expert_bias": st.booleans(),
+            "rotary_fraction": st.sampled_from([0.5, 1.0]),
+            "moe_intermediate_size": sizes,
         }
     ),
     "moa": st.fixed_dictionaries(
@@ -73,7 +139,43 @@ own = {
             "factorize_down": st.booleans(),
         }
     ),
+    "moe_x": st.fixed_dictionaries({"moe_intermediate_size": sizes}),
+    "smoe_dropout": st.fixed_dictionaries({"moe_intermediate_size": sizes}),
+    "thor": st.fixed_dictionaries(
+        {
+            "num_experts": st.integers(1, 4),
+            "intermediate_size": sizes,
+            "expert_inference": st.sampled_from(["token", "sequence", "all"]),
+            "consistency_loss_coef": st.sampled_from([0, 1.5]),
+        }
+    ),
+    "monet": st.fixed_dictionaries(
+        {
+            "moe_dim": st.sampled_from([2, 6]),
+            "moe_heads": st.integers(1, 3),
+            "moe_groups": st.integers(1, 3),
+            "moe_decompose": st.sampled_from(["vertical", "horizontal"]),
+            "attention_bias": st.booleans(),
+        }
+    ),
     "sigma": st.fixed_dictionaries({"query_size": st.sampled_from([16, 48]), "intermediate_size": sizes}),
+    "widenet": st.fixed_dictionaries(
+        {
+            "moe_intermediate_size": sizes,
+            "expert_activation": st.sampled_from(["gelu", "relu"]),
+            "expert_bias": st.booleans(),
+            "attention_bias": st.booleans(),
+        }
+    ),
+    "ultramem": st.fixed_dictionaries(
+        {
+            "memory_layers": st.none() | st.just([0]),
+            "memory_share_ratio": st.sampled_from([None, 0.5, 1]),
+            "memory_num_cores": st.sampled_from([1, 2, 4]),
+            "memory_separate_projections": st.booleans(),
+            "intermediate_size": sizes,
+        }
+    ),
     "switchhead": st.fixed_dictionaries(
         {
             "num_key_value_heads": st.none(),
@@ -106,7 +208,8 @@ def configs(draw: st.DrawFn) -> DecoderConfig:
     queries, keys = draw(heads)
     fields = {**draw(common), "num_attention_heads": queries, "num_key_value_heads": keys}
     if model_type != "hf_moe":
-        routed = draw(experts) if model_type in ("bam", "rmoe", "mole") else {}  # the others' feed-forwards are dense
+        sparse = ("bam", "rmoe", "mole", "deepseek_moe", "coe", "rexmoe", "widenet", "moe_x", "smoe_dropout")
+        routed = draw(experts) if model_type in sparse else {}  # the others' feed-forwards are dense
         return tiny_config(model_type, **{**fields, **routed, **draw(own[model_type])})
     named = draw(st.dictionaries(st.sampled_from("abc"), blocks(), min_size=1))
     pattern = draw(st.none() | st.lists(st.sampled_from(sorted(named)), min_size=1, max_size=4))

@@ -2,11 +2,17 @@
 
 from .base import Block
 from .mixer_only import MixerOnly
+from .own_residual import OwnResidual
 from .parallel import Parallel
 from .pre_norm import PreNorm
+from .shortcut_moe import ShortcutMoe
+from .widenet import Widenet
 
 BLOCKS: dict[str, type[Block]] = {
     "pre_norm": PreNorm,
     "parallel": Parallel,
     "mixer_only": MixerOnly,
+    "shortcut_moe": ShortcutMoe,
+    "own_residual": OwnResidual,
+    "widenet": Widenet,
 }

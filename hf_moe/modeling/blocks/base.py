@@ -5,7 +5,8 @@
 What carries a gradient goes in positionally and comes out in a flat tuple: reentrant checkpointing sees nothing else.
 """
 
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,11 +23,14 @@ class Block(GradientCheckpointingLayer, Part):
     """Base class. The two halves keep the names that checkpoints, PEFT targets and sharding plans already use."""
 
     slots = {"mixer": Slot("self_attn", MIXERS), "feed_forward": Slot("mlp", FEED_FORWARDS)}
+    num_mixers: ClassVar[int] = 1  # it spans so many of `num_hidden_layers`: each mixer has a cache layer of its own
 
     def __init__(self, config: Any, layer_idx: int, mixer: dict[str, Any]) -> None:
         super().__init__()
         self.self_attn = build(MIXERS, mixer, config, layer_idx)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.published_names:
+            self.register_load_state_dict_pre_hook(partial(use_our_names, config.published_names))
 
     def forward(
         self,
@@ -42,3 +46,13 @@ class Block(GradientCheckpointingLayer, Part):
 def total(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
     """The balance losses of both halves of a block."""
     return first + second if first is not None and second is not None else second if first is None else first
+
+
+def use_our_names(
+    published_names: dict[str, str], block: Block, state_dict: dict[str, Any], prefix: str, *args: Any
+) -> None:
+    """Accept published names in a plain `load_state_dict`, with which `Trainer` resumes (as it does for experts, see
+    `stack_per_expert_tensors`); `from_pretrained` knows them from `host.py`."""
+    for theirs, ours in published_names.items():
+        for name in [name for name in state_dict if name.startswith(prefix + theirs)]:
+            state_dict[prefix + ours + name.removeprefix(prefix + theirs)] = state_dict.pop(name)

@@ -6,9 +6,12 @@
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from ..context import NO_CONTEXT, ForwardContext
+from ..ops.used_slots import run_used_slots
 from ..parts import Part
+from ..routers.base import Router, Routing
 
 FeedForwardOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
@@ -25,3 +28,10 @@ class FeedForward(Part):
         context: ForwardContext = NO_CONTEXT,
     ) -> FeedForwardOutput:
         raise NotImplementedError
+
+
+def run_experts(gate: Router, experts: nn.Module, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """What the chosen experts make of the tokens, (N, D); where tokens differ in their number, without idle slots."""
+    if gate.varies:
+        return run_used_slots(experts, tokens, routing.indices, routing.weights, gate.num_experts)
+    return experts(tokens, routing.indices, routing.weights)

@@ -87,6 +87,7 @@ class Moe(FeedForward):
         router, experts, zero = options["router"], options["experts"], options["num_zero_experts"]
         ROUTERS[router["type"]].check_number(options["num_experts"] + zero, router)
         EXPERTS[experts["type"]].check_number(options["num_experts"], experts)
+        ROUTERS[router["type"]].check_experts(experts["type"], EXPERTS)
         if options["shared_gate"] and not options["shared_intermediate_size"]:
             raise ValueError("shared_gate=True needs a shared expert: set shared_intermediate_size.")
         if options["num_shared_experts"] < 1 or zero < 0:
