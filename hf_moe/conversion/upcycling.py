@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..modeling import BLOCKS
 from .dense import check_alike
 from .methods import EXACT_METHODS, make_recipes
 from .options import Options, choose, settle, settle_dtype
@@ -113,9 +112,7 @@ def plan_upcycling(given: SourceLike | Sequence[SourceLike], options: Options) -
     settings = settle(options, len(sources))
     dense = check_alike(sources)
     if options.block_type not in (None, dense.block_type):
-        choose(
-            "block_type", options.block_type, [name for name, block in BLOCKS.items() if "feed_forward" in block.slots]
-        )
+        choose("block_type", options.block_type, ["pre_norm", "parallel"])
         raise ValueError(
             f"block_type={options.block_type!r}, but the sources have {dense.block_type!r} blocks and keep them:"
             " the other layout would compute something else"
