@@ -24,6 +24,7 @@ class MoeLayer:
         gate: the router; its first output is the logits (N, E).
         experts: the stacked experts. Layers that share a pool (`pooled_moe`) each yield the same module.
         num_experts: routed experts E.
+        num_zero_experts: experts without parameters that the router chooses among too, behind the others.
         scoring: `softmax` over all experts, `softmax_selected` over the chosen ones, or `sigmoid`.
         normalize: whether the chosen weights are divided by their sum.
         transposed: whether expert weights are stored (in, out) instead of (out, in).
@@ -42,6 +43,7 @@ class MoeLayer:
     transposed: bool = False
     shared_experts: nn.Module | None = None
     selection_bias: torch.Tensor | None = None
+    num_zero_experts: int = 0
     later_gates: tuple[nn.Module, ...] = ()
 
     @property
@@ -93,16 +95,18 @@ def _our_layer(name: str, module: Moe | ChainOfExperts | PooledMoe, model: PreTr
     decoder: Any = model.base_model
     owner = module.expert_pool(decoder.shared) if isinstance(module, PooledMoe) else module
     gate, *later_gates = gates
+    experts: Any = getattr(owner, module.experts_attribute)
     return MoeLayer(
         name=name,
         module=module,
         gate=gate,
-        experts=getattr(owner, module.experts_attribute),
-        num_experts=gate.num_experts,
+        experts=experts,
+        num_experts=experts.num_experts,
         scoring=gate.scoring,
         normalize=gate.normalize,
         shared_experts=module.shared_expert,
         selection_bias=gate.e_score_correction_bias,
+        num_zero_experts=gate.num_zero_experts,
         later_gates=tuple(later_gates),
     )
 

@@ -84,3 +84,11 @@ def test_unknown_types_are_refused_and_dense_ones_are_empty():
         list(hf_moe.moe_layers(AutoModelForCausalLM.from_config(LlamaConfig(**small, intermediate_size=8))))
     dense = hf_moe.HfMoeForCausalLM(hf_moe.HfMoeConfig(**small))
     assert not list(hf_moe.moe_layers(dense))
+
+
+def test_experts_without_parameters_are_counted_apart():
+    experts = {"type": "swiglu", "intermediate_size": 8}
+    moe = {"type": "moe", "num_experts": 4, "num_zero_experts": 2, "router": {"type": "top_k"}, "experts": experts}
+    config = tiny_config("hf_moe", blocks={"b": {"mixer": {"type": "attention"}, "feed_forward": moe}})
+    layers = list(hf_moe.moe_layers(AutoModelForCausalLM.from_config(config)))
+    assert [(layer.num_experts, layer.num_zero_experts) for layer in layers] == [(4, 2)] * 2

@@ -58,14 +58,10 @@ class Moe(FeedForward):
         renormalize_true_experts: bool = False,
     ) -> None:
         super().__init__()
-        self.num_experts, self.num_zero_experts, self.zero_expert_type = (
-            num_experts,
-            num_zero_experts,
-            zero_expert_type,
-        )
-        self.renormalize_true_experts = renormalize_true_experts
+        self.num_experts, self.num_zero_experts = num_experts, num_zero_experts
+        self.zero_expert_type, self.renormalize_true_experts = zero_expert_type, renormalize_true_experts
         self.gate = build(ROUTERS, router, config, layer_idx, num_experts + num_zero_experts)
-        self.gate.num_zero_experts = num_zero_experts  # the balance loss counts them as one
+        self.gate.num_zero_experts = num_zero_experts  # balance losses and controllers ask for it
         self.experts_attribute = EXPERTS[experts["type"]].attribute
         self.add_module(self.experts_attribute, build(EXPERTS, experts, config, layer_idx, num_experts))
         self.num_shared_experts = num_shared_experts
@@ -130,7 +126,7 @@ class Moe(FeedForward):
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
         output = run_used_slots(experts, tokens, routing.indices, weights, self.num_experts)
         if self.num_zero_experts and self.zero_expert_type == "identity":
-            kept = (routing.weights.where(~is_true, 0)).sum(-1, keepdim=True)
+            kept = routing.weights.where(~is_true, 0).sum(-1, keepdim=True)
             output = output + tokens * kept.to(tokens.dtype)
         return output
 
