@@ -10,9 +10,19 @@ SKIPS: dict[str, dict[str, str]] = {
     "based": {**NO_EXPERTS, "test_attention_outputs": "linear attention and convolutions have no attention maps"},
     "moa": NO_EXPERTS,
     "monet": {
+        "test_hsdp_grad_accumulation*": "batch normalisation sees the parts of a batch, not the whole",
         "test_eager_matches_batched_and_grouped_inference*": "all tokens share the matrices of its experts",
     },
-    "peer": NO_EXPERTS,
+    "peer": {
+        **NO_EXPERTS,
+        "test_hsdp_grad_accumulation*": "batch normalisation sees the parts of a batch, not the whole",
+    },
+    "moge": {
+        "test_fsdp2_expert_parallel_2d_vs_ddp": (
+            "key biases have no gradient but rounding, of which Adam makes steps: after 20 of them a weight is 1.2e-5 "
+            "apart where 1e-5 is allowed; without attention_bias it passes"
+        ),
+    },
     "moe_x": {
         "test_moe_parallel_plans_shard_experts": (
             "its router takes statistics over all weights of all experts, which no shard has"
@@ -22,7 +32,10 @@ SKIPS: dict[str, dict[str, str]] = {
         "test_moe_parallel_plans_shard_experts": "biased experts have no parallel plan",
         "test_init_weights_can_init_buffers": "compares the buffers of two models; its frozen router is a random draw",
     },
-    "thor": {"test_moe_parallel_plans_shard_experts": "biased experts have no parallel plan"},
+    "thor": {
+        "test_moe_parallel_plans_shard_experts": "biased experts have no parallel plan",
+        "test_hsdp_grad_accumulation*": "each part of a batch draws experts of its own",
+    },
     "peripheral_lm": NO_EXPERTS,
     "sigma": {
         **NO_EXPERTS,
@@ -43,6 +56,10 @@ SKIPS: dict[str, dict[str, str]] = {
     },
     "switchhead": NO_EXPERTS,
     "blockffn": {
+        "test_fsdp2_expert_parallel_2d_vs_ddp": (
+            "rounding switches experts at the edge of its ReLU on and off: gradient norms are equal for 7 steps, then "
+            "2.4e-5 apart where 1e-5 is allowed"
+        ),
         "test_eager_matches_batched_and_grouped_inference*": (
             "counts the calls of Transformers' own kernels, and the slots in use run ours as listed rows; "
             "test_experts_implementations_agree compares what they return"
