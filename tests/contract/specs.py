@@ -254,7 +254,11 @@ VARIANTS = {  # options, and stacks of different blocks
 }
 ROWS = {**PRODUCT, **VARIANTS}
 # for what takes seconds and does not depend on what mixer stands before a feed-forward
-FEED_FORWARD_ROWS = {name: row for name, row in ROWS.items() if name in VARIANTS or "-attention-" in name}
+FEED_FORWARD_ROWS = {
+    name: row
+    for name, row in ROWS.items()
+    if name.startswith("pre_norm-attention-") or (name in VARIANTS and not name.startswith("hybrid"))
+}
 # for what depends on the mixers alone: each by itself, and the stacks of several
 MIXER_ROWS = {f"only-{name}": {"b": block(mixer, MLP)} for name, mixer in MIXERS.items()}
 MIXER_ROWS |= {name: row for name, row in VARIANTS.items() if name.startswith("hybrid")}

@@ -57,8 +57,8 @@ SKIPS: dict[str, dict[str, str]] = {
     "switchhead": NO_EXPERTS,
     "blockffn": {
         "test_fsdp2_expert_parallel_2d_vs_ddp": (
-            "rounding switches experts at the edge of its ReLU on and off: gradient norms are equal for 7 steps, then "
-            "2.4e-5 apart where 1e-5 is allowed"
+            "rounding switches experts at the edge of its ReLU on and off: gradient norms are equal for 5 steps, then "
+            "3.4e-5 apart where 1e-5 is allowed"
         ),
         "test_eager_matches_batched_and_grouped_inference*": (
             "counts the calls of Transformers' own kernels, and the slots in use run ours as listed rows; "

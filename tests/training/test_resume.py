@@ -13,6 +13,22 @@ from hf_moe.testing import tiny_config
 sys.path.insert(0, str(Path(__file__).parent))
 import balance
 
+# every kind of stored experts, names of others, state in buffers, modules of the whole depth
+LAYOUTS = [
+    "bam",
+    "based",
+    "blockffn",
+    "mole",
+    "rmoe",
+    "monet",
+    "ling",
+    "peer",
+    "ultramem",
+    "smoe_dropout",
+    "rexmoe",
+    "coe",
+]
+
 
 def trainer(network, folder: Path, callbacks: Sequence[TrainerCallback] = (), **extra) -> Trainer:
     """Four steps, a checkpoint and an evaluation after each second one."""
@@ -36,7 +52,7 @@ def trainer(network, folder: Path, callbacks: Sequence[TrainerCallback] = (), **
 
 
 @pytest.mark.allow_warnings("missing keys in the checkpoint model loaded: ['lm_head.weight']")  # tied: any such model
-@pytest.mark.parametrize("model_type", balance.hf_moe.ARCHITECTURES)
+@pytest.mark.parametrize("model_type", LAYOUTS)
 def test_resume_is_bit_exact(model_type, tmp_path):
     whole = trainer(balance.model(model_type), tmp_path)
     whole.train()
@@ -51,7 +67,7 @@ def test_resume_is_bit_exact(model_type, tmp_path):
 
 
 @pytest.mark.allow_warnings("missing keys in the checkpoint model loaded: ['lm_head.weight']")  # tied: any such model
-@pytest.mark.parametrize("model_type", balance.hf_moe.ARCHITECTURES)
+@pytest.mark.parametrize("model_type", LAYOUTS)
 def test_load_best_model_at_end(model_type, tmp_path):
     # greater is better: the best is the first checkpoint, so the end state must be replaced
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
