@@ -90,7 +90,6 @@ class PooledMoe(FeedForward):
         ROUTERS[router["type"]].check_number(layers_per_pool * options["num_experts"], router)
         EXPERTS[options["experts"]["type"]].check_number(layers_per_pool * options["num_experts"], options["experts"])
         ROUTERS[router["type"]].check_experts(options["experts"]["type"], EXPERTS)
-        ROUTERS[router["type"]].check_experts(options["experts"]["type"], EXPERTS)
         if options["masking"] not in MASKINGS:
             raise ValueError(f"masking={options['masking']!r} is unknown; choose from {list(MASKINGS)}.")
         if options["mask_before_softmax"] and (router.get("scoring") != "softmax" or router.get("normalize", True)):
