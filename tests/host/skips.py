@@ -75,8 +75,8 @@ SKIPS: dict[str, dict[str, str]] = {
     "hf_moe": {
         "test_reverse_loading_mapping": (
             "the checkpoint layout of a free composition covers every kind of experts, and each must occur in the "
-            "model: more than two layers hold; bam, mole and moe_x run it for theirs, and the contract suite saves and "
-            "loads them all"
+            "model: more than two layers hold; bam, mole and moe_x run it for theirs, and the contract suite saves "
+            "and loads them all"
         ),
     },
     "hf_moe_hybrid": {"test_reverse_loading_mapping": "as for hf_moe"},
