@@ -30,3 +30,8 @@ def test_the_page_of_parts_names_them_all(table):
 
 def test_the_table_names_every_architecture():
     assert [name for name in hf_moe.ARCHITECTURES if f"| `{name}` |" not in README.read_text()] == []
+
+
+def test_the_readme_counts_the_parts():
+    numbers = [len(table) for table in (hf_moe.ROUTERS, hf_moe.EXPERTS, hf_moe.FEED_FORWARDS, hf_moe.BLOCKS)]
+    assert "{} routers, {} kinds of experts, {} feed-forwards and {} blocks".format(*numbers) in README.read_text()

@@ -21,9 +21,7 @@ class ForwardContext:
     segments: torch.Tensor | None = None  # (B, T) which packed sequence a token is of; None if rows are not packed
     shape: tuple[int, int] | None = None  # (B, T): the N tokens are B rows of T
     balance: str = "switch"  # which of `losses.BALANCE_LOSSES` the routers report
-    inputs: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # what else the model was called with: `token_type_ids` ...
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # what else the model was called with
     experts: nn.Module | None = None  # the experts to choose from, for a router that `reads_experts`
     candidates: torch.Tensor | None = None  # (E,) which experts a router that `takes_candidates` may choose; None: all
 

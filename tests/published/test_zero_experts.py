@@ -107,3 +107,8 @@ def test_refusals(options, message):
     spec = {"type": "moe", "num_experts": 4, "router": router, "experts": experts, **options}
     with pytest.raises(ValueError, match=message):
         hf_moe.HfMoeConfig(blocks={"b": {"mixer": {"type": "attention"}, "feed_forward": spec}})
+
+
+def test_renormalising_without_zero_experts_is_refused():
+    with pytest.raises(ValueError, match="no effect without num_zero_experts"):
+        feed_forward({"type": "top_k", "top_k": 2}, renormalize_true_experts=True)

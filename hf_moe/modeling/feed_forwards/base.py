@@ -3,14 +3,16 @@
 `forward(hidden_states (B, T, D), router_state, context) -> (output (B, T, D), router_state, losses (3,) or None)`
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ..context import NO_CONTEXT, ForwardContext
+from ..experts import EXPERTS
 from ..ops.used_slots import run_used_slots
 from ..parts import Part
+from ..routers import ROUTERS
 from ..routers.base import Router, Routing
 
 FeedForwardOutput = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -28,6 +30,13 @@ class FeedForward(Part):
         context: ForwardContext = NO_CONTEXT,
     ) -> FeedForwardOutput:
         raise NotImplementedError
+
+
+def check_routing(router: dict[str, Any], experts: dict[str, Any], num_experts: int, num_choices: int) -> None:
+    """Raise `ValueError` if there cannot be so many experts, or the router cannot choose, among `num_choices`."""
+    ROUTERS[router["type"]].check_number(num_choices, router)
+    EXPERTS[experts["type"]].check_number(num_experts, experts)
+    ROUTERS[router["type"]].check_experts(experts["type"], EXPERTS)
 
 
 def run_experts(gate: Router, experts: nn.Module, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ..context import NO_CONTEXT, ForwardContext
 from ..experts import EXPERTS
 from ..parts import Slot, build
 from ..routers import ROUTERS, Router
-from .base import FeedForward, FeedForwardOutput, run_experts
+from .base import FeedForward, FeedForwardOutput, check_routing, run_experts
 from .mlp import Mlp
 
 
@@ -70,10 +70,7 @@ class ChainOfExperts(FeedForward):
 
     @classmethod
     def check(cls, config: Any, **options: Any) -> None:
-        router, experts = options["router"], options["experts"]
-        ROUTERS[router["type"]].check_number(options["num_experts"], router)
-        EXPERTS[experts["type"]].check_number(options["num_experts"], experts)
-        ROUTERS[router["type"]].check_experts(experts["type"], EXPERTS)
+        check_routing(options["router"], options["experts"], options["num_experts"], options["num_experts"])
         if options["num_iterations"] < 1:
             raise ValueError(f"num_iterations={options['num_iterations']} must be at least 1.")
         if options["include_input"] and not options["inner_residual"]:

@@ -13,8 +13,8 @@ from ..experts import EXPERTS
 from ..ops.used_slots import run_used_slots
 from ..parts import Slot, build
 from ..routers import ROUTERS
-from ..routers.base import Routing
-from .base import FeedForward, FeedForwardOutput
+from ..routers.base import Router, Routing
+from .base import FeedForward, FeedForwardOutput, check_routing, run_experts
 from .mlp import Mlp
 
 ZERO_EXPERTS = ("identity", "null")
@@ -81,9 +81,7 @@ class Moe(FeedForward):
     @classmethod
     def check(cls, config: Any, **options: Any) -> None:
         router, experts, zero = options["router"], options["experts"], options["num_zero_experts"]
-        ROUTERS[router["type"]].check_number(options["num_experts"] + zero, router)
-        EXPERTS[experts["type"]].check_number(options["num_experts"], experts)
-        ROUTERS[router["type"]].check_experts(experts["type"], EXPERTS)
+        check_routing(router, experts, options["num_experts"], options["num_experts"] + zero)
         if options["shared_gate"] and not options["shared_intermediate_size"]:
             raise ValueError("shared_gate=True needs a shared expert: set shared_intermediate_size.")
         if options["num_shared_experts"] < 1 or zero < 0:
@@ -91,6 +89,8 @@ class Moe(FeedForward):
                 "num_shared_experts must be at least 1 (for no shared expert: shared_intermediate_size=0), "
                 "num_zero_experts at least 0."
             )
+        if options["renormalize_true_experts"] and not zero:
+            raise ValueError("renormalize_true_experts=True has no effect without num_zero_experts; drop it.")
         if options["zero_expert_type"] not in ZERO_EXPERTS:
             raise ValueError(
                 f"zero_expert_type={options['zero_expert_type']!r} is unknown; choose from {list(ZERO_EXPERTS)}."
@@ -107,25 +107,24 @@ class Moe(FeedForward):
         routing = self.gate(
             tokens, router_state, context.with_experts(experts) if self.gate.reads_experts else context
         )
-        if self.gate.varies or self.num_zero_experts:
-            output = self.run_true_experts(experts, tokens, routing)
-        else:
-            output = experts(tokens, routing.indices, routing.weights)
-        output = output.view_as(hidden_states)
+        run = self.run_true_experts if self.num_zero_experts else run_experts
+        output = run(self.gate, experts, tokens, routing).view_as(hidden_states)
         if self.shared_expert is not None:
             output = output + self.run_shared_experts(hidden_states)
         # a router without a state of its own hands on what it received
         state = router_state if routing.state is None else routing.state
         return output, state, self.gate.wanted_losses(routing, context)
 
-    def run_true_experts(self, experts: nn.Module, tokens: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """(N, D) of a routing with idle slots or zero experts."""
+    def run_true_experts(
+        self, gate: Router, experts: nn.Module, tokens: torch.Tensor, routing: Routing
+    ) -> torch.Tensor:
+        """`run_experts` of a routing with zero experts, and what those return."""
         is_true = routing.indices < self.num_experts  # (N, K)
         weights = routing.weights.where(is_true, 0)
         if self.renormalize_true_experts:
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
         output = run_used_slots(experts, tokens, routing.indices, weights, self.num_experts)
-        if self.num_zero_experts and self.zero_expert_type == "identity":
+        if self.zero_expert_type == "identity":
             kept = routing.weights.where(~is_true, 0).sum(-1, keepdim=True)
             output = output + tokens * kept.to(tokens.dtype)
         return output

@@ -16,7 +16,7 @@ from ..context import NO_CONTEXT, ForwardContext
 from ..experts import EXPERTS
 from ..parts import Slot, build
 from ..routers import ROUTERS
-from .base import FeedForward, FeedForwardOutput, run_experts
+from .base import FeedForward, FeedForwardOutput, check_routing, run_experts
 from .expert_pool import ExpertPool, build_pools, pools
 from .mlp import Mlp
 
@@ -87,9 +87,8 @@ class PooledMoe(FeedForward):
             raise ValueError(
                 f"layers_per_pool={layers_per_pool} does not divide {number} layers of pooled_moe; use one of {valid}."
             )
-        ROUTERS[router["type"]].check_number(layers_per_pool * options["num_experts"], router)
-        EXPERTS[options["experts"]["type"]].check_number(layers_per_pool * options["num_experts"], options["experts"])
-        ROUTERS[router["type"]].check_experts(options["experts"]["type"], EXPERTS)
+        pooled = layers_per_pool * options["num_experts"]
+        check_routing(router, options["experts"], pooled, pooled)
         if options["masking"] not in MASKINGS:
             raise ValueError(f"masking={options['masking']!r} is unknown; choose from {list(MASKINGS)}.")
         if options["mask_before_softmax"] and (router.get("scoring") != "softmax" or router.get("normalize", True)):
