@@ -69,7 +69,7 @@ def upcycle(
         top_k=top_k,
         router_init=router_init,
         router_std=router_std,
-        share_key_value=share_key_value,
+        method_options={"share_key_value": True} if share_key_value else {},
         block_type=block_type,
         seed=seed,
         dtype=dtype,
@@ -80,7 +80,11 @@ def upcycle(
     model = execute(plan)
     folder = save_upcycled(model, output, tokenizer_from=sources[0], overwrite=overwrite)
     console.print(f"Saved {type(model).__name__} ({model.dtype}) to {folder}", markup=False, soft_wrap=True)
-    console.print(EXACT_NOTE if plan.exact else TRAINING_NOTE, style=None if plan.exact else "yellow", soft_wrap=True)
+    console.print(
+        EXACT_NOTE if (plan.guarantee.exactness == "exact") else TRAINING_NOTE,
+        style=None if (plan.guarantee.exactness == "exact") else "yellow",
+        soft_wrap=True,
+    )
 
 
 def show_plan(console: "Console", plan: "Plan") -> None:
@@ -88,14 +92,12 @@ def show_plan(console: "Console", plan: "Plan") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..conversion import METHODS
-
-    settings = plan.settings
+    settings = plan.layout
     total, active = plan.num_parameters()
-    table = Table(title=f"{len(plan.sources)} dense -> {settings.target}", show_header=False)
+    table = Table(title=f"{len(plan.sources)} dense -> {plan.options.target}", show_header=False)
     rows = {
         "sources": "\n".join(source.label for source in plan.sources),
-        "method": f"{settings.method}: {METHODS[settings.method]}",
+        "method": f"{settings.method}: {plan.method.summary}",
         "experts": f"{settings.num_experts} per layer, {settings.top_k} per token",
         "parameters": f"{total:,}",
         "active per token": f"{active:,} ({active / total:.0%})",

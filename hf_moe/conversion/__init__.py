@@ -3,5 +3,6 @@
 from .methods import METHODS
 from .options import Options
 from .output import atomic_directory, check_output, save_upcycled
+from .planning import Plan, count_parameters, plan_upcycling
 from .targets import TARGETS
-from .upcycling import Plan, count_parameters, execute, plan_upcycling, upcycle
+from .upcycling import execute, upcycle

@@ -2,13 +2,13 @@
 
 import copy
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from .families import FAMILIES
 from .sources import Source, first_line
 
 # Facts that every source must share, because the target states them once.
@@ -32,87 +32,79 @@ CARRIED_FIELDS = (
     "bos_token_id",
     "eos_token_id",
 )
+# The norms of one layer, by layout, in the order in which they are applied.
+NORMS = {
+    "pre_norm": ("input_layernorm", "post_attention_layernorm"),
+    "parallel": ("input_layernorm",),
+    "post_norm": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dense:
-    """What a dense decoder computes.
+    """What a dense decoder computes, in facts that targets can compare with what they have room for.
 
-    `fields` are the flat config fields in which all sources agree, `carried` those that the first source decides.
+    Args:
+        family: the source's `model_type`.
+        fields: flat config fields in which all sources agree.
+        carried: flat config fields that the first source decides.
+        intermediate_size: width of the feed-forward.
+        block_type: where the norms are: `pre_norm` (Llama), `parallel`, `post_norm` (OLMo2), `sandwich` (Gemma 2, 3).
+        attention: `grouped` (Llama) or `latent` (DeepSeek-V3).
+        qk_norm: `none`, `head` (Qwen3: each head by itself) or `full` (OLMo2: all heads together).
+        attention_bias: `none`, `qkv`, `qkvo` or `o`.
+        rotary_layers, sliding_layers: per layer, whether positions rotate and whether attention slides.
+        special: facts that only one family has, by name, such as soft caps; a target has room for them or refuses.
+        names: the tensors of one layer, without its prefix; all but `mlp.*` stay with the layer.
     """
 
+    family: str
     fields: dict[str, Any]
     carried: dict[str, Any]
     intermediate_size: int
     block_type: str = "pre_norm"
-    qk_norm: bool = False
-    attention_bias: str = "none"  # or "qkv", "qkvo", "o"
+    attention: str = "grouped"
+    qk_norm: str = "none"
+    attention_bias: str = "none"
     mlp_bias: bool = False
-    rotary: bool = True
+    rotary_layers: tuple[bool, ...] = ()
     sliding_layers: tuple[bool, ...] = ()
     sliding_window: int | None = None
+    special: dict[str, Any] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
 
     @property
     def sliding(self) -> str:
         """Which layers slide: "none", "all" or "some"."""
-        return "all" if all(self.sliding_layers) else "some" if any(self.sliding_layers) else "none"
+        return some_or_all(self.sliding_layers)
+
+    @property
+    def rotary(self) -> str:
+        """Which layers rotate queries and keys: "none", "all" or "some"."""
+        return some_or_all(self.rotary_layers)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.fields["num_hidden_layers"]
 
     def facts(self) -> dict[str, Any]:
         """Everything that must be equal in all sources, for comparison."""
-        names = ("block_type", "intermediate_size", "qk_norm", "attention_bias", "mlp_bias", "rotary")
-        own = {name: getattr(self, name) for name in (*names, "sliding_layers", "sliding_window")}
-        return {**self.fields, **own}
+        apart = ("family", "fields", "carried", "names")
+        own = [each.name for each in fields(self) if each.name not in apart]
+        return {**self.fields, **{name: getattr(self, name) for name in own}}
 
 
-def _llama(config: Any) -> dict[str, Any]:
-    return {"attention_bias": "qkvo" if config.attention_bias else "none", "mlp_bias": config.mlp_bias}
-
-
-def _mistral(config: Any) -> dict[str, Any]:
-    return {"sliding_layers": (config.sliding_window is not None,) * config.num_hidden_layers}
-
-
-def _qwen2(config: Any) -> dict[str, Any]:
-    return {"attention_bias": "qkv", "sliding_layers": _sliding_layers(config)}
-
-
-def _qwen3(config: Any) -> dict[str, Any]:
-    bias = "qkvo" if config.attention_bias else "none"
-    return {"qk_norm": True, "attention_bias": bias, "sliding_layers": _sliding_layers(config)}
-
-
-def _sliding_layers(config: Any) -> tuple[bool, ...]:
-    return tuple(kind == "sliding_attention" for kind in config.layer_types)
-
-
-def _hf_moe(config: Any) -> dict[str, Any]:
-    """Our own composition, if it is one dense block repeated."""
-    names = set(config.block_pattern)
-    block = config.blocks[config.block_pattern[0]]
-    mixer, feed_forward = block["mixer"], block["feed_forward"]
-    if len(names) != 1 or mixer["type"] != "attention" or feed_forward["type"] != "mlp":
-        raise ValueError("an hf_moe source must be one block of `attention` and `mlp`, repeated")
-    if mixer["partial_rotary_factor"] != 1:
-        raise ValueError(f"partial_rotary_factor is {mixer['partial_rotary_factor']}, all targets rotate whole heads")
-    biases = {(False, False): "none", (True, False): "qkv", (True, True): "qkvo", (False, True): "o"}
-    return {
-        "block_type": block["type"],
-        "intermediate_size": feed_forward["intermediate_size"],
-        "qk_norm": mixer["qk_norm"],
-        "attention_bias": biases[mixer["qkv_bias"], mixer["output_bias"]],
-        "rotary": mixer["rotary"],
-        "sliding_layers": (mixer["sliding"],) * config.num_hidden_layers,
-    }
-
-
-FAMILIES: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "hf_moe": _hf_moe,
-}
+def some_or_all(flags: tuple[bool, ...]) -> str:
+    """Of how many layers something is true."""
+    return "all" if all(flags) else "some" if any(flags) else "none"
 
 
 def describe(source: Source) -> Dense:
@@ -127,17 +119,31 @@ def describe(source: Source) -> Dense:
         raise ValueError(
             f"{source.label}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
         )
-    fields = {name: copy.deepcopy(getattr(config, name)) for name in SHARED_FIELDS}
-    fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shared = {name: copy.deepcopy(getattr(config, name)) for name in SHARED_FIELDS if hasattr(config, name)}
+    shared["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
     try:
-        own = FAMILIES[config.model_type](config)
+        own = FAMILIES[config.model_type].facts(config)
     except ValueError as error:
         raise ValueError(f"{source.label}: {error}") from error
+    shared |= own.pop("fields", {})
+    own.setdefault("rotary_layers", (True,) * config.num_hidden_layers)
     own.setdefault("sliding_layers", (False,) * config.num_hidden_layers)
     own.setdefault("intermediate_size", getattr(config, "intermediate_size", None))
     window = config.sliding_window if any(own["sliding_layers"]) else None
     carried = {name: getattr(config, name) for name in CARRIED_FIELDS}
-    return Dense(fields=fields, carried=carried, sliding_window=window, **own)
+    dense = Dense(family=config.model_type, fields=shared, carried=carried, sliding_window=window, **own)
+    return dense if dense.names else replace(dense, names=layer_names(dense))
+
+
+def layer_names(dense: Dense) -> tuple[str, ...]:
+    """The tensors of one layer of grouped attention and a gated feed-forward, in Llama's names."""
+    biased = "" if dense.attention_bias == "none" else dense.attention_bias
+    attention = [f"{letter}_proj.weight" for letter in "qkvo"] + [f"{letter}_proj.bias" for letter in biased]
+    if dense.qk_norm != "none":
+        attention += ["q_norm.weight", "k_norm.weight"]
+    norms = [f"{name}.weight" for name in NORMS[dense.block_type]]
+    mlp = [f"mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
+    return (*norms, *(f"self_attn.{name}" for name in attention), *mlp)
 
 
 def check_alike(sources: list[Source]) -> Dense:

@@ -105,7 +105,7 @@ def test_bam_of_equal_models(source, share_key_value, tmp_path):
     family, overrides = SOURCES[source]
     model, count = dense_model(family, **overrides), 3
     options = {"share_key_value": share_key_value, "router_std": 0.5}
-    exact = reload(upcycle([model] * count, "bam", norm_topk_prob=True, **options), tmp_path / "renormalised")
+    exact = reload(upcycle([model] * count, "bam", normalize=True, **options), tmp_path / "renormalised")
     torch.testing.assert_close(logits(exact), logits(model), atol=1e-5, rtol=0)
     every = upcycle([model] * count, "bam", top_k=count, **options)  # all probabilities together are 1
     torch.testing.assert_close(logits(every), logits(model), atol=1e-5, rtol=0)

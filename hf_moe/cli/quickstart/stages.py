@@ -154,7 +154,7 @@ def mixture(kind: str, models: list[PreTrainedModel], seed: int) -> PreTrainedMo
     if kind == "btx":  # its router divides the chosen probabilities by their sum; so must BAM's
         return upcycle(sources, target="hf_moe", method="btx", **options)
     shared = kind == "bam_shared"
-    return upcycle(sources, target="bam", method="bam", share_key_value=shared, norm_topk_prob=True, **options)
+    return upcycle(sources, target="bam", method="bam", share_key_value=shared, normalize=True, **options)
 
 
 @torch.no_grad()
