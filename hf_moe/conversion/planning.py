@@ -1,13 +1,16 @@
 """The plan of a conversion: everything checked, every tensor of the result with its recipe, nothing read yet."""
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .checkpoints import Checkpoint, check_shapes, open_checkpoint
 from .dense import NORMS, Dense
 from .methods import METHODS, Guarantee, Ingredients, Method
 from .options import Options, choose, settle_dtype
@@ -16,6 +19,7 @@ from .sources import Source, open_sources
 from .targets import TARGETS, Layout, Target
 
 SourceLike = str | Path | PreTrainedModel
+EXPERT = re.compile(r"experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,58 @@ class Plan:
         """The type of the result; None: each tensor keeps its source's."""
         return settle_dtype(self.options.dtype, [])
 
-    def kitchen(self, read: Any, device: str = "cpu") -> Kitchen:
+    @cached_property
+    def main_dtype(self) -> torch.dtype:
+        """The type of tensors that no source has, and of the config."""
+        return self.dtype or settle_dtype(None, [source.dtype for source in self.sources]) or torch.float32
+
+    @cached_property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The sources' tensors, from headers alone, after a check that they are all there and all have a place."""
+        found = [open_checkpoint(source) for source in self.sources]
+        for source, checkpoint in zip(self.sources, found, strict=True):
+            check_shapes(source, checkpoint)
+        check_complete(self, found)
+        return found
+
+    def kitchen(self, findings: dict[Hashable, torch.Tensor] | None = None) -> Kitchen:
         """What the recipes run in."""
-        dtype = self.dtype or settle_dtype(None, [source.dtype for source in self.sources]) or torch.float32
-        return Kitchen(read, self.options.seed, dtype, device)
+        checkpoints = self.checkpoints
+        return Kitchen(
+            lambda source, name: checkpoints[source].read(name),
+            self.options.seed,
+            self.main_dtype,
+            findings=findings or {},
+        )
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of every tensor of the result."""
+        facts = [checkpoint.facts for checkpoint in self.checkpoints]
+
+        def read(source: int, name: str) -> torch.Tensor:
+            return torch.empty(facts[source][name].shape, dtype=facts[source][name].dtype, device="meta")
+
+        kitchen = Kitchen(read, self.options.seed, self.main_dtype, "meta")
+        results = {name: recipe.run(kitchen) for name, recipe in self.recipes.items()}
+        return {name: (tuple(result.shape), self.final(name, result.dtype)) for name, result in results.items()}
+
+    def final(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The type in which a tensor is stored; selection biases stay in float32, where routers keep them."""
+        return dtype if self.dtype is None or name.endswith("e_score_correction_bias") else self.dtype
+
+    @cached_property
+    def bytes(self) -> int:
+        """Size of the result."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.shapes.values())
 
     def num_parameters(self) -> tuple[int, int]:
         """Total and active parameters; active leaves out the experts that a token does not visit."""
-        with torch.device("meta"):
-            model = self.target.model_class(self.config)
-        return count_parameters(model)
+        sizes = {name: math.prod(shape) for name, (shape, _) in self.shapes.items()}
+        total = sum(size for name, size in sizes.items() if not name.endswith("e_score_correction_bias"))
+        routed = sum(size for name, size in sizes.items() if EXPERT.search(name))
+        choices = max(self.layout.num_experts + self.layout.num_null, 1)
+        return total, total - routed + routed * self.layout.top_k // choices
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
@@ -104,3 +150,16 @@ def check_block_type(block_type: str | None, dense: Dense) -> None:
             f"block_type={block_type!r}, but the sources have {dense.block_type!r} blocks and keep them:"
             " the other layout would compute something else"
         )
+
+
+def check_complete(plan: Plan, checkpoints: list[Checkpoint]) -> None:
+    """Every tensor that the plan reads must exist, and every tensor that exists must be used."""
+    wanted: list[set[str]] = [set() for _ in checkpoints]
+    for recipe in plan.recipes.values():
+        for tensor in recipe.inputs():
+            wanted[tensor.source].add(tensor.name)
+    for source, names, checkpoint in zip(plan.sources, wanted, checkpoints, strict=True):
+        found = checkpoint.facts.keys() - plan.method.unused(checkpoint.facts.keys())
+        if names != found:
+            lacks, extra = sorted(names - found), sorted(found - names)
+            raise ValueError(f"{source.label}: unexpected tensors; lacks {lacks[:3]}, has no place for {extra[:3]}")

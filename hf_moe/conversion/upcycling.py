@@ -1,7 +1,6 @@
 """Upcycling: dense models in, a mixture of experts out. Check everything, plan, then run the plan."""
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -9,9 +8,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .methods import METHODS
-from .options import Options, settle_dtype
+from .options import Options
 from .planning import Plan, SourceLike, plan_upcycling
-from .sources import tensors_of
 
 
 def upcycle(
@@ -81,43 +79,17 @@ def upcycle(
     return execute(plan_upcycling(sources, options))
 
 
-def execute(plan: Plan) -> PreTrainedModel:
-    """Run a plan in memory."""
-    models = [source.load() for source in tqdm(plan.sources, "Loading sources", unit="model", delay=5)]
-    tensors = [tensors_of(model) for model in models]
-    check_complete(plan, tensors)
-    dtype = settle_dtype(plan.options.dtype, [model.dtype for model in models]) or models[0].dtype
-
-    def read(source: int, name: str) -> torch.Tensor:
-        return tensors[source][name].to("cpu")
-
-    state, kitchen = {}, plan.kitchen(read)
-    for name, recipe in tqdm(plan.recipes.items(), "Upcycling", unit="tensor", delay=5):
-        state[name] = recipe.run(kitchen).to(dtype).contiguous()
-    return assemble(plan, state, dtype, models[0])
-
-
-def assemble(
-    plan: Plan, state: dict[str, torch.Tensor], dtype: torch.dtype, first: PreTrainedModel
-) -> PreTrainedModel:
-    """Load the finished tensors, all of them and nothing else, into the target."""
+def execute(plan: Plan, findings: dict[Hashable, torch.Tensor] | None = None) -> PreTrainedModel:
+    """Run a plan in memory; `findings` are those of `calibration.find`."""
+    kitchen, shapes = plan.kitchen(findings), plan.shapes
+    state = {
+        name: recipe.run(kitchen).to(shapes[name][1]).clone()
+        for name, recipe in tqdm(plan.recipes.items(), "Upcycling", unit="tensor", delay=5)
+    }
     model, report = plan.target.model_class.from_pretrained(
-        None, config=plan.config, state_dict=state, dtype=dtype, output_loading_info=True
+        None, config=plan.config, state_dict=state, dtype=plan.main_dtype, output_loading_info=True
     )
     assert not any(report.values()), f"plan and model disagree: {report}"
-    model.generation_config = copy.deepcopy(first.generation_config)
+    if (generation_config := plan.sources[0].generation_config()) is not None:
+        model.generation_config = generation_config
     return model
-
-
-def check_complete(plan: Plan, tensors: list[dict[str, torch.Tensor]]) -> None:
-    """Every tensor that the plan reads must exist in memory, and every tensor that exists must be used."""
-    wanted: list[set[str]] = [set() for _ in tensors]
-    for recipe in plan.recipes.values():
-        for tensor in recipe.inputs():
-            wanted[tensor.source].add(tensor.name)
-    for source, names, found in zip(plan.sources, wanted, tensors, strict=True):
-        if names != found.keys():
-            lacks, extra = sorted(names - found.keys()), sorted(found.keys() - names)
-            raise ValueError(f"{source.label}: unexpected tensors; lacks {lacks[:3]}, has no place for {extra[:3]}")
-        if any(tensor.is_meta for tensor in found.values()):
-            raise ValueError(f"{source.label}: its weights are offloaded or on the meta device; load it whole")

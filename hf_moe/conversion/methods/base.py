@@ -5,7 +5,7 @@ file per idea.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -172,6 +172,10 @@ class Method(ABC):
     @abstractmethod
     def guarantee(self, layout: Layout, options: Options, target: Target) -> Guarantee:
         """What is promised about the result."""
+
+    def unused(self, names: Iterable[str]) -> set[str]:
+        """Source tensors that have no place in the result, on purpose."""
+        return set()
 
     def wants_data(self) -> bool:
         """Whether neurons are chosen by what they do on texts: `calibrate` is then called before the recipes run."""
