@@ -1,5 +1,6 @@
 """Conversion: checkpoints into other checkpoints."""
 
+from .engine import Written, convert
 from .methods import METHODS
 from .options import Options
 from .output import atomic_directory, check_output, save_upcycled

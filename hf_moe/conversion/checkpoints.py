@@ -120,7 +120,7 @@ class Checkpoint:
             count = int((~tensor.isfinite()).sum())
             where = f" in {self.facts[name].file}" if self.folder else ""
             raise ValueError(
-                f"{self.label}: {name!r}{where} has {count} NaN or infinite entries of {tensor.numel()}: mend the source"
+                f"{self.label}: {name!r}{where} has {count} NaN or infinite entries of {tensor.numel()}: mend it first"
             )
 
 
@@ -208,9 +208,8 @@ def unstack(checkpoint: Checkpoint, model_type: str) -> None:
         name = found[0]
         facts = checkpoint.stacked[name] = checkpoint.facts.pop(name)
         count, rows, columns = facts.shape
-        kinds = (
-            {down: slice(rows)} if found[2] == "down_proj" else {gate: slice(rows // 2), up: slice(rows // 2, rows)}
-        )
+        half = rows // 2
+        kinds = {down: slice(rows)} if found[2] == "down_proj" else {gate: slice(half), up: slice(half, rows)}
         for expert in range(count):
             for kind, part in kinds.items():
                 alias = f"{found[1]}.{moe}.experts.{expert}.{kind}.weight"

@@ -59,7 +59,8 @@ class Dense:
         block_type: where the norms are: `pre_norm` (Llama), `parallel`, `post_norm` (OLMo2), `sandwich` (Gemma 2, 3).
         attention: `grouped` (Llama) or `latent` (DeepSeek-V3).
         qk_norm: `none`, `head` (Qwen3: each head by itself) or `full` (OLMo2: all heads together).
-        attention_bias: `none`, `qkv`, `qkvo` or `o`.
+        attention_bias: `none`, `qkv`, `qkvo` or `o`; `latent` where DeepSeek-V3 has them.
+        partial_rotary_factor: the share of each head that positions rotate, from its first entry on.
         rotary_layers, sliding_layers: per layer, whether positions rotate and whether attention slides.
         special: facts that only one family has, by name, such as soft caps; a target has room for them or refuses.
         names: the tensors of one layer, without its prefix; all but `mlp.*` stay with the layer.
@@ -74,6 +75,7 @@ class Dense:
     qk_norm: str = "none"
     attention_bias: str = "none"
     mlp_bias: bool = False
+    partial_rotary_factor: float = 1.0
     rotary_layers: tuple[bool, ...] = ()
     sliding_layers: tuple[bool, ...] = ()
     sliding_window: int | None = None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .recipes import Recipe, Tensor
+from .recipes import Narrow, Recipe, Tensor
 
 
 def as_llama(config: Any, source: int, name: str) -> Recipe:
@@ -51,6 +51,86 @@ def sliding_layers(config: Any) -> tuple[bool, ...]:
     return tuple(kind == "sliding_attention" for kind in config.layer_types)
 
 
+def _olmo2(config: Any) -> dict[str, Any]:
+    bias = "qkvo" if config.attention_bias else "none"
+    return {"block_type": "post_norm", "qk_norm": "full", "attention_bias": bias}
+
+
+def _smollm3(config: Any) -> dict[str, Any]:
+    """Every fourth layer knows no positions (https://huggingface.co/blog/smollm3)."""
+    rotary = tuple(bool(kind) for kind in config.no_rope_layers[: config.num_hidden_layers])
+    return {**_llama(config), "rotary_layers": rotary, "sliding_layers": sliding_layers(config)}
+
+
+def _phi3(config: Any) -> dict[str, Any]:
+    """Positions may be scaled by LongRoPE or rotate part of each head, but no target has both in one."""
+    rope = dict(config.rope_parameters)
+    partial = rope.pop("partial_rotary_factor", 1.0)
+    if rope["rope_type"] == "longrope":
+        if partial != 1:
+            raise ValueError(f"no target has rope_type='longrope' with partial_rotary_factor={partial}")
+        # Phi-3 lets it follow from two other fields; other architectures want to be told
+        rope.setdefault("factor", max(1.0, config.max_position_embeddings / rope["original_max_position_embeddings"]))
+    return {
+        "fields": {"rope_parameters": rope},
+        "partial_rotary_factor": partial,
+        "sliding_layers": (config.sliding_window is not None,) * config.num_hidden_layers,
+        "special": {"resid_pdrop": config.resid_pdrop} if config.resid_pdrop else {},
+    }
+
+
+def _locate_phi3(config: Any, source: int, name: str) -> Recipe:
+    """Queries, keys and values are rows of one matrix, the gate and up projections of another."""
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rows = {
+        "self_attn.q_proj": ("self_attn.qkv_proj", 0, heads * head),
+        "self_attn.k_proj": ("self_attn.qkv_proj", heads * head, groups * head),
+        "self_attn.v_proj": ("self_attn.qkv_proj", (heads + groups) * head, groups * head),
+        "mlp.gate_proj": ("mlp.gate_up_proj", 0, width),
+        "mlp.up_proj": ("mlp.gate_up_proj", width, width),
+    }
+    for theirs, (fused, start, length) in rows.items():
+        if name.endswith(f"{theirs}.weight"):
+            return Narrow(Tensor(source, name.replace(theirs, fused)), 0, start, length)
+    return Tensor(source, name)
+
+
+LATENT_FIELDS = (
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "rope_interleave",
+)
+
+
+def _latent(config: Any) -> dict[str, Any]:
+    """Latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434), named as in DeepSeek's checkpoints."""
+    first = ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_a_layernorm", "q_b_proj"]
+    parts = [*first, "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"]
+    biased = ("q_a_proj", "kv_a_proj_with_mqa", "o_proj") if config.attention_bias else ()
+    names = [f"self_attn.{part}.weight" for part in parts]
+    names += [f"self_attn.{part}.bias" for part in parts if part in biased]
+    names += [f"mlp.{part}.weight" for part in ("gate_proj", "up_proj", "down_proj")]
+    return {
+        "attention": "latent",
+        "attention_bias": "latent" if config.attention_bias else "none",
+        "fields": {name: getattr(config, name) for name in LATENT_FIELDS},
+        "names": ("input_layernorm.weight", "post_attention_layernorm.weight", *names),
+    }
+
+
+def _deepseek_v3(config: Any) -> dict[str, Any]:
+    if config.first_k_dense_replace < config.num_hidden_layers:
+        raise ValueError(
+            f"first_k_dense_replace={config.first_k_dense_replace} of num_hidden_layers={config.num_hidden_layers}:"
+            " it has experts already, and a source of this type must be dense throughout"
+        )
+    return _latent(config)
+
+
 def _hf_moe(config: Any) -> dict[str, Any]:
     """Our own composition, if it is one dense block repeated."""
     names = set(config.block_pattern)
@@ -58,14 +138,13 @@ def _hf_moe(config: Any) -> dict[str, Any]:
     mixer, feed_forward = block["mixer"], block["feed_forward"]
     if len(names) != 1 or mixer["type"] != "attention" or feed_forward["type"] != "mlp":
         raise ValueError("an hf_moe source must be one block of `attention` and `mlp`, repeated")
-    if mixer["partial_rotary_factor"] != 1:
-        raise ValueError(f"partial_rotary_factor is {mixer['partial_rotary_factor']}, all targets rotate whole heads")
     biases = {(False, False): "none", (True, False): "qkv", (True, True): "qkvo", (False, True): "o"}
     return {
         "block_type": block["type"],
         "intermediate_size": feed_forward["intermediate_size"],
         "qk_norm": "head" if mixer["qk_norm"] else "none",
         "attention_bias": biases[mixer["qkv_bias"], mixer["output_bias"]],
+        "partial_rotary_factor": mixer["partial_rotary_factor"],
         "rotary_layers": (mixer["rotary"],) * config.num_hidden_layers,
         "sliding_layers": (mixer["sliding"],) * config.num_hidden_layers,
     }
@@ -76,5 +155,10 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(_mistral),
     "qwen2": Family(_qwen2),
     "qwen3": Family(_qwen3),
+    "olmo2": Family(_olmo2),
+    "smollm3": Family(_smollm3),
+    "phi3": Family(_phi3, _locate_phi3),
+    "youtu": Family(_latent),
+    "deepseek_v3": Family(_deepseek_v3),
     "hf_moe": Family(_hf_moe),
 }

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .calibration import check_data
 from .checkpoints import Checkpoint, check_shapes, open_checkpoint
 from .dense import NORMS, Dense
 from .methods import METHODS, Guarantee, Ingredients, Method
@@ -55,14 +56,13 @@ class Plan:
         check_complete(self, found)
         return found
 
-    def kitchen(self, findings: dict[Hashable, torch.Tensor] | None = None) -> Kitchen:
+    def kitchen(self) -> Kitchen:
         """What the recipes run in."""
         checkpoints = self.checkpoints
         return Kitchen(
             lambda source, name: checkpoints[source].read(name),
             self.options.seed,
             self.main_dtype,
-            findings=findings or {},
         )
 
     @cached_property
@@ -121,6 +121,7 @@ def plan_upcycling(given: SourceLike | Sequence[SourceLike], options: Options) -
     layout = method.layout(options, dense, len(sources), target)
     if objections := target.objections_to_layout(dense, layout):
         raise ValueError(f"{options.target!r} cannot express method={method.name!r} here: {'; '.join(objections)}")
+    check_data(options, layout, target, method, dense.fields["hidden_size"])
     config = method.config(sources, dense, layout, target, options.config_overrides)
     recipes = method.recipes(Ingredients(dense, sources, layout, target, config, options))
     settle_dtype(options.dtype, [source.dtype for source in sources])

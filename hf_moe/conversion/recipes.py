@@ -26,14 +26,12 @@ class Kitchen:
         seed: of everything random.
         dtype: of tensors that no source has, such as routers.
         device: `meta` to plan, `cpu` to work.
-        findings: what a calibration run found out, by its own keys.
     """
 
     read: Reader
     seed: int = 0
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
-    findings: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _kept: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
@@ -235,16 +233,3 @@ class Constant(Recipe):
 
     def run(self, kitchen: Kitchen) -> torch.Tensor:
         return torch.full(self.shape, self.value, dtype=self.dtype or kitchen.dtype, device=kitchen.device)
-
-
-@dataclass(frozen=True)
-class Finding(Recipe):
-    """Some rows of what a calibration run found out, such as router rows from hidden states."""
-
-    key: Hashable
-    shape: tuple[int, ...]
-
-    def run(self, kitchen: Kitchen) -> torch.Tensor:
-        if kitchen.planning:
-            return torch.empty(self.shape, dtype=kitchen.dtype, device="meta")
-        return kitchen.findings[self.key].to(kitchen.dtype).reshape(self.shape)

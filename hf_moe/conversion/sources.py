@@ -44,6 +44,7 @@ class Source:
         """The whole model with its weights; only safetensors are read."""
         if self.model is not None:
             return self.model
+        assert self.weights is not None
         try:
             return AutoModelForCausalLM.from_pretrained(self.weights, dtype="auto", use_safetensors=True)
         except (OSError, SafetensorError) as error:

@@ -5,7 +5,7 @@ file per idea.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -63,11 +63,11 @@ class Ingredients:
             return self.tensor(0, name)
         return Mean(tuple(self.tensor(source, name) for source in range(len(self.sources))))
 
-    def router_rows(self, layer: int, width: int, key: str) -> Recipe:
+    def router_rows(self, width: int, key: str) -> Recipe:
         """(E, width) the first rows of one layer's router; `key` is the tensor's name."""
         options = self.options
         init = options.router_init or "random"
-        return router_rows(init, options.router_std, self.layout, layer, width, key)
+        return router_rows(init, options.router_std, self.layout, width, key)
 
     def fresh_rows(self, shape: tuple[int, ...], key: str) -> Recipe:
         """Rows of a second router (of attention experts, of zero experts), which no calibration knows."""
@@ -176,20 +176,6 @@ class Method(ABC):
     def unused(self, names: Iterable[str]) -> set[str]:
         """Source tensors that have no place in the result, on purpose."""
         return set()
-
-    def wants_data(self) -> bool:
-        """Whether neurons are chosen by what they do on texts: `calibrate` is then called before the recipes run."""
-        return False
-
-    def calibrate(self, sources: Sequence[Source], batches: Sequence[Any], layout: Layout) -> dict[Hashable, Any]:
-        """Findings for `Kitchen.findings`, by keys that the method's `Neurons` know.
-
-        Args:
-            sources: as in the plan.
-            batches: `calibration.Batch`es of tokens.
-            layout: what is going to be made.
-        """
-        return {}
 
 
 def common_layout(

@@ -63,7 +63,7 @@ class Layout:
 def linear_router(path: str, ingredients: Any, layer: int) -> dict[str, Recipe]:
     """One matrix (E, D) that reads the feed-forward's input."""
     name = f"{path}.gate.weight"
-    return {name: ingredients.router_rows(layer, ingredients.dense.fields["hidden_size"], name)}
+    return {name: ingredients.router_rows(ingredients.dense.fields["hidden_size"], name)}
 
 
 def plain_shared_expert(path: str, shared: FeedForward, ingredients: Any) -> dict[str, Recipe]:
@@ -95,6 +95,7 @@ class Target:
         moe: path of the sparse feed-forward in a layer.
         experts: how its files name the gate, up and down projection of one expert.
         router: (path of the sparse feed-forward, ingredients, layer) -> the router's tensors.
+        reads_hidden_states: whether the rows of its routers meet the feed-forward's input, so that texts tell them.
         shared_expert: (path, the sum of the shared experts, ingredients) -> its tensors.
         extra: (sources, layout, config) -> tensors outside the layers that no source has.
     """
@@ -114,6 +115,7 @@ class Target:
     moe: str = "mlp"
     experts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     router: Callable[[str, Any, int], dict[str, Recipe]] = linear_router
+    reads_hidden_states: bool = True
     shared_expert: Callable[[str, FeedForward, Any], dict[str, Recipe]] = plain_shared_expert
     extra: Callable[[Dense, Layout, Any], dict[str, Recipe]] = lambda *_: {}
 

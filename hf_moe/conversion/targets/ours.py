@@ -38,7 +38,7 @@ def _rmoe_router(path: str, ingredients: Any, layer: int) -> dict[str, Recipe]:
     config, width = ingredients.config, ingredients.dense.fields["hidden_size"]
     size, first, last = config.router_state_size, f"{path}.gate.in_proj.weight", f"{path}.gate.out_proj.weight"
     fresh = Normal((size, width), config.initializer_range, first)
-    return {first: fresh, last: ingredients.router_rows(layer, size, last)}
+    return {first: fresh, last: ingredients.router_rows(size, last)}
 
 
 def _rmoe_cell(dense: Dense, layout: Layout, config: Any) -> dict[str, Recipe]:
@@ -134,6 +134,7 @@ OWN_TARGETS: dict[str, Target] = {
         configure=_rmoe,
         always_normalizes=True,
         router=_rmoe_router,
+        reads_hidden_states=False,
         extra=_rmoe_cell,
     ),
 }

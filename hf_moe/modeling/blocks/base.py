@@ -14,7 +14,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..context import NO_CONTEXT, ForwardContext
 from ..feed_forwards import FEED_FORWARDS
 from ..feed_forwards.base import FeedForwardOutput
-from ..layers import RMSNorm
 from ..mixers import MIXERS
 from ..parts import Part, Slot, build
 
@@ -28,7 +27,6 @@ class Block(GradientCheckpointingLayer, Part):
     def __init__(self, config: Any, layer_idx: int, mixer: dict[str, Any]) -> None:
         super().__init__()
         self.self_attn = build(MIXERS, mixer, config, layer_idx)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.published_names:
             self.register_load_state_dict_pre_hook(partial(use_our_names, config.published_names))
 

@@ -6,6 +6,7 @@ import torch
 
 from ..context import NO_CONTEXT, ForwardContext
 from ..feed_forwards.base import FeedForwardOutput
+from ..layers import RMSNorm
 from ..mixers import MIXERS
 from ..parts import Slot
 from .base import Block
@@ -18,6 +19,7 @@ class MixerOnly(Block):
 
     def __init__(self, config: Any, layer_idx: int, *, mixer: dict[str, Any]) -> None:
         super().__init__(config, layer_idx, mixer)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,

@@ -21,6 +21,7 @@ class OwnResidual(Block):
 
     def __init__(self, config: Any, layer_idx: int, *, mixer: dict[str, Any], feed_forward: dict[str, Any]) -> None:
         super().__init__(config, layer_idx, mixer)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = build(FEED_FORWARDS, feed_forward, config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

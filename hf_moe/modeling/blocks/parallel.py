@@ -7,6 +7,7 @@ import torch
 from ..context import NO_CONTEXT, ForwardContext
 from ..feed_forwards import FEED_FORWARDS
 from ..feed_forwards.base import FeedForwardOutput
+from ..layers import RMSNorm
 from ..parts import build
 from .base import Block, total
 
@@ -16,6 +17,7 @@ class Parallel(Block):
 
     def __init__(self, config: Any, layer_idx: int, *, mixer: dict[str, Any], feed_forward: dict[str, Any]) -> None:
         super().__init__(config, layer_idx, mixer)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = build(FEED_FORWARDS, feed_forward, config, layer_idx)
 
     def forward(

@@ -1,0 +1,224 @@
+"""What goes wrong on the way: killed runs, full disks, damaged sources, two runs on one output. Nothing is lost."""
+
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from dense_models import dense_model, dense_models
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+
+from hf_moe.conversion import Options, convert, plan_upcycling, upcycle
+from hf_moe.conversion import engine as engine_module
+from hf_moe.conversion.shards import ShardWriter, sha256_of
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A dense model in several files."""
+    folder = tmp_path / "source"
+    dense_model("llama").save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def digests(folder):
+    return {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def convert_slowly(source, output, resume=False):
+    """In a forked process: every tensor takes a moment, so that a kill falls somewhere in between."""
+    torch.set_num_threads(1)
+    add = ShardWriter.add
+
+    def slow_add(self, name, tensor):
+        time.sleep(0.002)
+        add(self, name, tensor)
+
+    ShardWriter.add = slow_add
+    convert(plan_upcycling(source, Options(target="mixtral")), output, max_shard_size="30KB", resume=resume)
+
+
+def test_killed_at_twenty_moments(source, tmp_path):
+    """Either there is no output, or a complete one; a resumed run gives the same bits as one that was never killed."""
+    before = digests(source)
+    upcycle(source, "mixtral", output=tmp_path / "whole", max_shard_size="30KB")
+    whole = digests(tmp_path / "whole")
+    context, dice, interrupted = multiprocessing.get_context("fork"), random.Random(0), 0
+    for number in range(20):
+        output = tmp_path / "out" / str(number)
+        child = context.Process(target=convert_slowly, args=(source, output))
+        child.start()
+        time.sleep(dice.uniform(0.01, 0.35))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert digests(source) == before
+        if output.exists():
+            assert digests(output) == whole
+            continue
+        interrupted += 1
+        upcycle(source, "mixtral", output=output, max_shard_size="30KB", resume=True)
+        assert digests(output) == whole and names(output.parent) == [
+            str(n) for n in sorted(range(number + 1), key=str)
+        ]
+    assert interrupted > 5
+
+
+def killed(source, output, monkeypatch, after):
+    """Leave what a kill during file number `after` leaves."""
+    count, enter = [0], ShardWriter.__enter__
+
+    def killed_enter(self):
+        count[0] += 1
+        if count[0] > after:
+            raise KeyboardInterrupt
+        return enter(self)
+
+    monkeypatch.setattr(ShardWriter, "__enter__", killed_enter)
+    with pytest.raises(KeyboardInterrupt):
+        upcycle(source, "mixtral", output=output, max_shard_size="30KB")
+    monkeypatch.undo()
+
+
+def test_finished_files_are_kept_and_not_written_again(source, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    killed(source, output, monkeypatch, after=3)
+    partial = tmp_path / ".out.partial"
+    kept = {file: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
+    assert len(kept) == 3 and not output.exists()
+    with pytest.raises(ValueError, match=r"left 3 finished files.*--resume to go on, or --overwrite to start again"):
+        upcycle(source, "mixtral", output=output, max_shard_size="30KB")
+    for other in ({"max_shard_size": "40KB"}, {"max_shard_size": "30KB", "seed": 1}):
+        with pytest.raises(ValueError, match=r"another one \(other sources, options or shard size\)"):
+            upcycle(source, "mixtral", output=output, resume=True, **other)
+    assert {file: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")} == kept
+    upcycle(source, "mixtral", output=output, max_shard_size="30KB", resume=True)
+    after = {file.name: (output / file.name).stat().st_mtime_ns for file in kept}
+    assert after == {file.name: stamp for file, stamp in kept.items()} and names(tmp_path) == ["out", "source"]
+
+
+def test_overwrite_starts_again(source, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    killed(source, output, monkeypatch, after=2)
+    upcycle(source, "mixtral", output=output, seed=5, overwrite=True)
+    assert names(tmp_path) == ["out", "source"]
+
+
+def test_a_run_that_fails_before_its_first_file_leaves_nothing(source, tmp_path, monkeypatch):
+    killed(source, tmp_path / "deep" / "out", monkeypatch, after=0)
+    assert names(tmp_path) == ["source"]
+
+
+def test_two_runs_on_one_output(source, tmp_path):
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "theirs.new").write_text("work")
+    with (
+        FileLock(partial / engine_module.LOCK),
+        pytest.raises(ValueError, match="out is being written by another run"),
+    ):
+        upcycle(source, "mixtral", output=tmp_path / "out")
+    assert (partial / "theirs.new").read_text() == "work"
+
+
+def test_a_disk_without_room_is_refused_before_any_work(source, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(engine_module.shutil, "disk_usage", lambda place: usage)
+    with pytest.raises(ValueError, match=r"has 0\.0 GB free, the result needs 0\.0 GB"):
+        upcycle(source, "mixtral", output=tmp_path / "out")
+    assert names(tmp_path) == ["source"]
+
+
+def fill_disk(source, output, results):
+    """In a forked process that may write no file above 45 KB: the kernel refuses, as it does on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (45_000, 45_000))
+    try:
+        upcycle(source, "mixtral", output=output, max_shard_size="60KB")
+    except ValueError as error:
+        os.write(results, str(error).encode())
+
+
+def test_a_disk_that_fills_up(source, tmp_path):
+    read, write = os.pipe()
+    child = multiprocessing.get_context("fork").Process(target=fill_disk, args=(source, tmp_path / "out", write))
+    child.start()
+    child.join()
+    message = os.read(read, 10_000).decode()
+    assert "the disk is full" in message and "while writing 'model." in message and ".safetensors" in message, message
+    assert "\n" not in message and names(tmp_path) == ["source"]
+
+
+def test_a_truncated_file(source, tmp_path):
+    file = sorted(source.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"source: cannot read its weights: {file.name}: "):
+        upcycle(source, "mixtral", output=tmp_path / "out")
+    assert names(tmp_path) == ["source"]
+
+
+def test_weights_that_are_no_floats(source, tmp_path):
+    file = sorted(source.glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=rf"'{name}' in {file.name} is of type I8; only \['F64'"):
+        upcycle(source, "mixtral", output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(source, tmp_path, value):
+    file = sorted(source.glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[3:5] = value
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=rf"'{name}' in {file.name} has 2 NaN or infinite entries of"):
+        upcycle(source, "mixtral", output=tmp_path / "out")
+    assert names(tmp_path) == ["source"]
+
+
+def test_a_lost_index_is_made_good_only_if_nothing_is_missing(source, tmp_path):
+    (source / INDEX).unlink()
+    upcycle(source, "mixtral", output=tmp_path / "out")
+    sorted(source.glob("*.safetensors"))[0].unlink()
+    with pytest.raises(ValueError, match=rf"are no complete checkpoint and there is no {INDEX}"):
+        upcycle(source, "mixtral", output=tmp_path / "again")
+
+
+def test_an_index_that_lies(source, tmp_path):
+    file = sorted(source.glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    name, _ = tensors.popitem()
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=rf"'{name}' is not in {file.name}, where {INDEX} says it is"):
+        upcycle(source, "mixtral", output=tmp_path / "out")
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{INDEX} names {file.name}, which is missing"):
+        upcycle(source, "mixtral", output=tmp_path / "out")
+
+
+def test_a_source_that_is_given_twice(source, tmp_path):
+    with pytest.warns(UserWarning, match="sources 0 and 1 are one and the same model"):
+        upcycle([source, source], "mixtral", output=tmp_path / "out")
+
+
+def test_sources_survive(tmp_path):
+    for number, model in enumerate(dense_models("llama", 2)):
+        model.save_pretrained(tmp_path / str(number))
+    before = [digests(tmp_path / str(number)) for number in range(2)]
+    with pytest.raises(ValueError, match="cannot be replaced"):
+        upcycle([tmp_path / "0", tmp_path / "1"], "bam", output=tmp_path / "1", overwrite=True)
+    upcycle([tmp_path / "0", tmp_path / "1"], "bam", output=tmp_path / "out")
+    assert [digests(tmp_path / str(number)) for number in range(2)] == before
