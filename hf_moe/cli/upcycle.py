@@ -18,7 +18,12 @@ def upcycle(
         list[str], typer.Argument(metavar="SOURCE", help="Dense models: folders with safetensors, or hub ids.")
     ],
     to: Annotated[
-        str, typer.Option("--to", metavar="TYPE", help="What to become: bam, mixtral, qwen3_moe, hf_moe or rmoe.")
+        str,
+        typer.Option(
+            "--to",
+            metavar="TYPE",
+            help="What to become: mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v3, flex_olmo, bam, mole, rmoe, hf_moe.",
+        ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Folder for the mixture.")],
     method: Annotated[
@@ -31,7 +36,16 @@ def upcycle(
     top_k: Annotated[
         int | None, typer.Option(help="Feed-forward experts per token. Default: 1 for bam, else 2.")
     ] = None,
-    router_init: Annotated[str, typer.Option(help="random or zero.")] = "random",
+    layers: Annotated[
+        str, typer.Option(help="Which layers become sparse: all, every-2, last-half, first-half, or 0,4,8-11.")
+    ] = "all",
+    normalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize", help="Divide the chosen gates by their sum. Default: the method's."
+        ),
+    ] = None,
+    router_init: Annotated[str, typer.Option(help="random, zero or tied.")] = "random",
     router_std: Annotated[float, typer.Option(help="Standard deviation of random routers.")] = 0.02,
     share_key_value: Annotated[
         bool, typer.Option("--share-key-value", help="bam: one averaged set of keys and values (a smaller cache).")
@@ -41,7 +55,14 @@ def upcycle(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the sources' own.")] = None,
     seed: Annotated[int, typer.Option(help="Fixes the random routers.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Of one file of the output, like 5GB or 200MB.")] = "5GB",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model in the output folder, or what a killed run left.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")
+    ] = False,
 ) -> None:
     """Turn dense Llama, Mistral, Qwen2, Qwen3 or dense hf_moe models into a mixture of experts.
 
@@ -59,7 +80,7 @@ def upcycle(
     """
     from rich.console import Console
 
-    from ..conversion import Options, check_output, execute, plan_upcycling, save_upcycled
+    from ..conversion import Options, check_output, convert, plan_upcycling
 
     check_output(output, overwrite, sources)
     options = Options(
@@ -67,6 +88,8 @@ def upcycle(
         method=method,
         num_experts=num_experts,
         top_k=top_k,
+        layers=layers,
+        normalize=normalize,
         router_init=router_init,
         router_std=router_std,
         method_options={"share_key_value": True} if share_key_value else {},
@@ -77,14 +100,15 @@ def upcycle(
     plan = plan_upcycling(sources, options)
     console = Console()
     show_plan(console, plan)
-    model = execute(plan)
-    folder = save_upcycled(model, output, tokenizer_from=sources[0], overwrite=overwrite)
-    console.print(f"Saved {type(model).__name__} ({model.dtype}) to {folder}", markup=False, soft_wrap=True)
-    console.print(
-        EXACT_NOTE if (plan.guarantee.exactness == "exact") else TRAINING_NOTE,
-        style=None if (plan.guarantee.exactness == "exact") else "yellow",
-        soft_wrap=True,
-    )
+    if dry_run:
+        console.print_json(plan.config.to_json_string(), indent=2)
+        return
+    written = convert(plan, output, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
+    name = f"{plan.target.model_class.__name__} ({plan.main_dtype})"
+    size = f"{written.bytes / 1e9:.2f} GB in {written.seconds:.0f} s"
+    console.print(f"Saved {name} to {written.folder}: {size}", markup=False, soft_wrap=True)
+    exact = plan.guarantee.exactness == "exact"
+    console.print(EXACT_NOTE if exact else TRAINING_NOTE, style=None if exact else "yellow", soft_wrap=True)
 
 
 def show_plan(console: "Console", plan: "Plan") -> None:
@@ -99,9 +123,11 @@ def show_plan(console: "Console", plan: "Plan") -> None:
         "sources": "\n".join(source.label for source in plan.sources),
         "method": f"{settings.method}: {plan.method.summary}",
         "experts": f"{settings.num_experts} per layer, {settings.top_k} per token",
+        "sparse layers": f"{len(settings.layers)} of {plan.dense.num_layers}",
         "parameters": f"{total:,}",
         "active per token": f"{active:,} ({active / total:.0%})",
-        "tensors": f"{len(plan.recipes):,}",
+        "tensors": f"{len(plan.recipes):,}, {plan.bytes / 1e9:.2f} GB",
+        "before training": f"{plan.guarantee.exactness}: {plan.guarantee.reason}",
     }
     for name, value in rows.items():
         table.add_row(name, Text(value))  # a path may look like markup

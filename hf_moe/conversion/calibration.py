@@ -85,8 +85,8 @@ def find(plan: "Plan") -> dict[Hashable, torch.Tensor]:
 def find_router_rows(plan: "Plan", batches: Sequence[Batch]) -> dict[Hashable, torch.Tensor]:
     """The rows of every sparse layer's router.
 
-    `hidden`: the mean of what the router reads on each group's tokens. `kmeans`: centres of clusters of what it reads on
-    all tokens. `domain`: the mean embedding of each group's documents, the same in all layers as FlexOlmo has it
+    `hidden`: the mean of what the router reads on each group's tokens. `kmeans`: centres of clusters of what it reads
+    on all tokens. `domain`: the mean embedding of each group's documents, the same in all layers as FlexOlmo has it
     (https://arxiv.org/abs/2507.07024); FlexOlmo embeds with GRIT, here a document is the mean of the sources' last
     hidden states, or whatever a .safetensors file with one tensor (E, D) says. Then `contrast` and `scaled_to`.
     """

@@ -70,6 +70,11 @@ class Checkpoint:
     _open: dict[str, tuple[Any, int]] = field(default_factory=dict)
     _sound: set[str] = field(default_factory=set)
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that hold the tensors; none in memory."""
+        return sorted({facts.file for facts in self.facts.values()} - {""})
+
     def read(self, name: str) -> torch.Tensor:
         """A tensor, on the CPU; it may share memory with the file or the model.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from .families import FAMILIES
+from .families import FAMILIES, HINTS
 from .sources import Source, first_line
 
 # Facts that every source must share, because the target states them once.
@@ -113,9 +113,8 @@ def describe(source: Source) -> Dense:
     """The facts of one source, from its config alone."""
     config: Any = source.config
     if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"{source.label}: cannot upcycle a model of type {config.model_type!r}; dense ones are {list(FAMILIES)}"
-        )
+        hint = HINTS.get(config.model_type, f"dense ones are {list(FAMILIES)}")
+        raise ValueError(f"{source.label}: cannot upcycle a model of type {config.model_type!r}; {hint}")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise ValueError(
@@ -153,8 +152,9 @@ def check_alike(sources: list[Source]) -> Dense:
     described = [describe(source) for source in sources]
     first = described[0]
     for source, other in zip(sources[1:], described[1:], strict=True):
-        pairs = zip(first.facts().items(), other.facts().values(), strict=True)
-        if unlike := [f"{name} is {mine!r} and {theirs!r}" for (name, mine), theirs in pairs if mine != theirs]:
+        mine, theirs = first.facts(), other.facts()
+        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        if unlike := [f"{name} is {mine.get(name)!r} and {theirs.get(name)!r}" for name in names]:
             raise ValueError(f"{sources[0].label} and {source.label} do not fit together: {'; '.join(unlike)}")
         soft = [name for name in CARRIED_FIELDS if first.carried[name] != other.carried[name]]
         if soft:

@@ -5,29 +5,30 @@ killed leaves the sibling; with `resume` its finished shards are kept.
 """
 
 import copy
-import errno
 import hashlib
-import json
-import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from threading import Event
 
-from filelock import FileLock, Timeout
+import torch
 from tqdm import tqdm
 from transformers.utils.hub import convert_file_size_to_int
 
-from .output import check_output, copy_companions, flush, replace, sync
+from .checkpoints import INDEX
+from .output import check_output, copy_companions
 from .planning import Plan
-from .shards import ShardWriter, num_bytes, sha256_of, shard_names, split_into_shards
+from .tensor_files import ShardWriter, content, num_bytes, sha256_of, shard_names, split_into_shards
+from .workplace import Workplace, workplace, write_json
 
-PROGRESS, LOCK, INDEX = "progress.json", "lock", "model.safetensors.index.json"
 DEFAULT_SHARD_SIZE = "5GB"
+Findings = dict[Hashable, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Written:
         seconds: of work.
         shards: file -> SHA-256.
         sources: per source, file -> SHA-256; empty for a model in memory.
+        peak_rss: most memory that this process ever held, in bytes.
     """
 
     folder: Path
@@ -47,24 +49,30 @@ class Written:
     seconds: float
     shards: dict[str, str]
     sources: list[dict[str, str]]
+    peak_rss: int
 
 
 def convert(
     plan: Plan,
     output: str | Path,
     *,
+    findings: Findings | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     resume: bool = False,
+    finish: Callable[[Path, Written], None] | None = None,
 ) -> Written:
     """Run a plan, streaming: memory holds the tensors of one recipe, whatever the size of the model.
 
     Args:
         plan: what to make.
         output: the folder, which appears complete or not at all.
+        findings: what calibration found out for the plan, from `calibration.find`.
         max_shard_size: of one file, in bytes or like "5GB"; a single larger tensor has a file of its own.
         overwrite: replace a model that is there, and start again where a killed run left something.
         resume: go on where a killed run of the same plan stopped.
+        finish: called with the complete folder before it gets its name; what it writes or changes there counts. If it
+            fails there is no output, and a run with `resume` goes on here.
 
     Raises:
         ValueError: bad input, before any work; or a damaged source, or a full disk, by file and tensor.
@@ -73,23 +81,27 @@ def convert(
     folders = [source.folder for source in plan.sources if source.folder is not None]
     target = check_output(output, overwrite, folders)
     files = plan_files(plan, max_shard_size)
-    identity = identity_of(plan, files)
-    check_space(plan, target)
-    with workplace(target, identity, overwrite, resume) as partial, ThreadPoolExecutor(1) as pool:
-        hashes = pool.submit(hash_sources, plan)
-        shards = write_shards(plan, partial, files)
-        write_small_files(plan, partial, files)
-        written = Written(target, plan.bytes, time.monotonic() - started, shards, hashes.result())
-        (partial / PROGRESS).unlink()
-        flush(partial)
-        check_output(output, overwrite, folders)
-    return written
+    identity = identity_of(plan, files, findings or {})
+    with workplace(target, identity, overwrite, resume, folders) as work:
+        check_space(plan, work)
+        with source_hashes(plan) as hashes:
+            write_shards(plan, work, files, findings or {})
+            write_small_files(plan, work.folder, files)
+            shards = {name: facts["sha256"] for name, facts in work.finished.items()}
+            sources = hashes()
+        written = Written(target, plan.bytes, time.monotonic() - started, shards, sources, peak_rss())
+        if finish is not None:
+            finish(work.folder, written)
+            changed = [name for name, facts in work.finished.items() if work.facts(name, facts) != facts]
+            shards |= {name: sha256_of(work.folder / name) for name in changed}
+    return replace(written, seconds=time.monotonic() - started, shards=shards, peak_rss=peak_rss())
 
 
 def plan_files(plan: Plan, max_shard_size: int | str) -> dict[str, list[str]]:
     """File -> its tensors."""
+    size = int(max_shard_size) if str(max_shard_size).isdigit() else max_shard_size
     try:
-        limit = convert_file_size_to_int(max_shard_size)
+        limit = convert_file_size_to_int(size)
     except ValueError as error:
         raise ValueError(f"max_shard_size={max_shard_size!r} is no size; say 5GB or 200MB") from error
     if limit < 1:
@@ -98,127 +110,56 @@ def plan_files(plan: Plan, max_shard_size: int | str) -> dict[str, list[str]]:
     return dict(zip(shard_names(len(shards)), shards, strict=True))
 
 
-def identity_of(plan: Plan, files: dict[str, list[str]]) -> str:
-    """A digest of everything that decides the result: recipes, options, sources and the cut into files."""
-    sources = [
-        sorted((name, facts.shape, str(facts.dtype), facts.file) for name, facts in checkpoint.facts.items())
-        for checkpoint in plan.checkpoints
-    ]
-    stamps = [
-        sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.folder.iterdir())
-        for checkpoint in plan.checkpoints
-        if checkpoint.folder is not None
-    ]
+def identity_of(plan: Plan, files: dict[str, list[str]], findings: Findings) -> str:
+    """A digest of everything that decides the result: code, recipes, options, sources and the cut into files."""
+    digest = hashlib.sha256()
+    versions = {name: version(name) for name in ("hf-moe", "torch", "transformers")}
     labels = [source.label for source in plan.sources]
-    facts = (plan.options, plan.recipes, plan.shapes, labels, sources, stamps, files, plan.config.to_json_string())
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
-
-
-def check_space(plan: Plan, target: Path) -> None:
-    """Refuse a result that the disk has no room for."""
-    place = next(parent for parent in target.parents if parent.exists())
-    free = shutil.disk_usage(place).free
-    if free < plan.bytes:
-        raise ValueError(f"{place} has {free / 1e9:.1f} GB free, the result needs {plan.bytes / 1e9:.1f} GB")
-
-
-@contextmanager
-def workplace(target: Path, identity: str, overwrite: bool, resume: bool) -> Iterator[Path]:
-    """The hidden sibling in which this run, and no other at the same time, prepares `target`."""
-    partial = target.with_name(f".{target.name}.partial")
-    created = [parent for parent in target.parents if not parent.exists()]
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(partial / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"{target} is being written by another run: wait for it, or choose another output") from error
-    try:
-        claim(partial, target, identity, overwrite, resume)
-        yield partial
-        lock.release()
-        (partial / LOCK).unlink(missing_ok=True)
-        replace(partial, target)
-    except BaseException as error:
-        finished = bool(read_progress(partial).get("shards"))
-        lock.release()
-        if not finished and not isinstance(error, Unfinished):
-            shutil.rmtree(partial, ignore_errors=True)
-            for parent in created:  # innermost first
-                if parent.is_dir() and not any(parent.iterdir()):
-                    parent.rmdir()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            advice = "; make room and pass --resume (resume=True)" if finished else ""
-            raise ValueError(f"the disk is full: {error}{advice}") from error
-        raise
-
-
-class Unfinished(ValueError):
-    """Somebody's earlier work is in the way; it is not touched."""
-
-
-def claim(partial: Path, target: Path, identity: str, overwrite: bool, resume: bool) -> None:
-    """Take over what a killed run left, clear it away, or refuse to do either."""
-    progress = read_progress(partial)
-    if progress and resume and progress["identity"] != identity:
-        raise Unfinished(
-            f"{target}: the unfinished run was another one (other sources, options or shard size);"
-            " pass --overwrite instead of --resume to start again"
-        )
-    if progress and not resume and not overwrite and progress["shards"]:
-        done = sum((partial / file).stat().st_size for file in progress["shards"])
-        raise Unfinished(
-            f"{target}: a killed run left {len(progress['shards'])} finished files ({done / 1e9:.1f} GB);"
-            " pass --resume to go on, or --overwrite to start again"
-        )
-    kept = set(progress["shards"]) if progress and resume else set()
-    for path in partial.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK and path.name not in kept | {PROGRESS}:
-            path.unlink()
-    if not (progress and resume):
-        write_json(partial / PROGRESS, {"identity": identity, "shards": {}})
-
-
-def read_progress(partial: Path) -> dict[str, Any]:
-    """What an earlier run recorded; empty if there was none."""
-    path = partial / PROGRESS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file beside its place and rename it."""
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sync(beside)
-    os.replace(beside, path)
-
-
-def write_shards(plan: Plan, partial: Path, files: dict[str, list[str]]) -> dict[str, str]:
-    """Write what is not written yet; returns file -> SHA-256."""
-    progress, kitchen = read_progress(partial), plan.kitchen()
-    bar = tqdm(total=plan.bytes, desc="Upcycling", unit="B", unit_scale=True, delay=5)
-    for file, names in files.items():
-        shapes = {name: plan.shapes[name] for name in names}
-        if file in progress["shards"]:
-            bar.update(sum(num_bytes(*shape) for shape in shapes.values()))
+    facts = (versions, plan.options, plan.recipes, plan.shapes, labels, files, plan.config.to_json_string())
+    digest.update(repr(facts).encode())
+    for checkpoint in plan.checkpoints:
+        names = sorted(checkpoint.facts)
+        digest.update(repr([(name, checkpoint.facts[name]) for name in names]).encode())
+        if checkpoint.folder is None:  # its weights may be other ones in the next process
+            for name in sorted(checkpoint.tensors):
+                digest.update(content(checkpoint.tensors[name]))
             continue
-        beside = partial / f"{file}.new"
-        with ShardWriter(beside, shapes) as shard:
-            for name in names:
-                tensor = plan.recipes[name].run(kitchen).to(shapes[name][1])
-                try:
-                    shard.add(name, tensor)
-                except OSError as error:
-                    raise OSError(error.errno, f"{error.strerror}, while writing {name!r} to {file}") from error
-                bar.update(tensor.nbytes)
-        os.replace(beside, partial / file)
-        sync(partial)
-        progress["shards"][file] = shard.sha256
-        write_json(partial / PROGRESS, progress)
-    bar.close()
-    return progress["shards"]
+        for file in checkpoint.files:
+            status = (checkpoint.folder / file).stat()
+            digest.update(repr((file, status.st_size, status.st_mtime_ns)).encode())
+    for key in sorted(findings, key=repr):
+        digest.update(repr(key).encode() + content(findings[key]))
+    return digest.hexdigest()
+
+
+def check_space(plan: Plan, work: Workplace) -> None:
+    """Refuse a result that the disk has no room for."""
+    free = shutil.disk_usage(work.place).free
+    needed = plan.bytes - sum(facts["bytes"] for facts in work.finished.values())
+    if free < needed:
+        raise ValueError(
+            f"{work.place.parent} has {free / 1e9:.1f} GB free, the result needs {needed / 1e9:.1f} GB: make room"
+        )
+
+
+def write_shards(plan: Plan, work: Workplace, files: dict[str, list[str]], findings: Findings) -> None:
+    """Write the files that are not finished yet."""
+    kitchen = plan.kitchen(findings)
+    sizes = {file: sum(num_bytes(*plan.shapes[name]) for name in names) for file, names in files.items()}
+    done = sum(sizes[file] for file in work.finished)
+    with tqdm(total=plan.bytes, initial=done, desc="Upcycling", unit="B", unit_scale=True, delay=5) as bar:
+        for file in [file for file in files if file not in work.finished]:
+            names, beside = files[file], work.folder / f"{file}.new"
+            name = names[0]
+            try:
+                with ShardWriter(beside, {name: plan.shapes[name] for name in names}) as shard:
+                    for name in names:
+                        tensor = plan.recipes[name].run(kitchen).to(plan.shapes[name][1])
+                        shard.add(name, tensor)
+                        bar.update(tensor.nbytes)
+            except OSError as error:
+                raise OSError(error.errno, f"{error.strerror}, while writing {name!r} to {file}") from error
+            work.finish(beside, file, shard.sha256)
 
 
 def write_small_files(plan: Plan, partial: Path, files: dict[str, list[str]]) -> None:
@@ -238,10 +179,30 @@ def write_small_files(plan: Plan, partial: Path, files: dict[str, list[str]]) ->
         copy_companions(first.folder, partial)
 
 
-def hash_sources(plan: Plan) -> list[dict[str, str]]:
-    """SHA-256 of every weight file of every source."""
-    hashes = []
-    for checkpoint in plan.checkpoints:
-        folder, files = checkpoint.folder, sorted({facts.file for facts in checkpoint.facts.values()})
-        hashes.append({file: sha256_of(folder / file) for file in files} if folder is not None else {})
-    return hashes
+@contextmanager
+def source_hashes(plan: Plan) -> Iterator[Callable[[], list[dict[str, str]]]]:
+    """Hash the sources' files beside other work; the call returns file -> SHA-256 of every source."""
+    stop = Event()
+
+    def hash_all() -> list[dict[str, str]]:
+        return [
+            {file: sha256_of(checkpoint.folder / file, stop) for file in checkpoint.files} if checkpoint.folder else {}
+            for checkpoint in plan.checkpoints
+        ]
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(hash_all)
+        try:
+            yield future.result
+        finally:
+            stop.set()  # an error need not wait for the hashes
+
+
+def peak_rss() -> int:
+    """Most memory that this process ever held, in bytes."""
+    if sys.platform == "linux":  # getrusage would also count the process that started this one
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .families_gemma import GEMMA3_HINT, gemma2, gemma3_text, locate_gemma
 from .recipes import Narrow, Recipe, Tensor
 
 
@@ -138,15 +139,21 @@ def _hf_moe(config: Any) -> dict[str, Any]:
     mixer, feed_forward = block["mixer"], block["feed_forward"]
     if len(names) != 1 or mixer["type"] != "attention" or feed_forward["type"] != "mlp":
         raise ValueError("an hf_moe source must be one block of `attention` and `mlp`, repeated")
+    special = {
+        "attn_logit_softcapping": mixer["logit_softcapping"],
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "layer_rope_parameters": mixer["rope_parameters"],
+    }
     biases = {(False, False): "none", (True, False): "qkv", (True, True): "qkvo", (False, True): "o"}
     return {
         "block_type": block["type"],
         "intermediate_size": feed_forward["intermediate_size"],
-        "qk_norm": "head" if mixer["qk_norm"] else "none",
+        "qk_norm": {False: "none", True: "head"}.get(mixer["qk_norm"], mixer["qk_norm"]),
         "attention_bias": biases[mixer["qkv_bias"], mixer["output_bias"]],
         "partial_rotary_factor": mixer["partial_rotary_factor"],
         "rotary_layers": (mixer["rotary"],) * config.num_hidden_layers,
         "sliding_layers": (mixer["sliding"],) * config.num_hidden_layers,
+        "special": {name: value for name, value in special.items() if value is not None},
     }
 
 
@@ -160,5 +167,9 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(_phi3, _locate_phi3),
     "youtu": Family(_latent),
     "deepseek_v3": Family(_deepseek_v3),
+    "gemma2": Family(gemma2, locate_gemma),
+    "gemma3_text": Family(gemma3_text, locate_gemma),
     "hf_moe": Family(_hf_moe),
 }
+# What to do about models that are no dense decoders but hold one.
+HINTS = {"gemma3": GEMMA3_HINT}

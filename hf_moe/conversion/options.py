@@ -12,7 +12,11 @@ ROUTER_INITS = {
     "random": "fresh rows from N(0, router_std)",
     "zero": "zeros: every token ties, and trains no diversity until the balance loss breaks it",
     "tied": "fresh rows, equal inside each replica set",
+    "hidden": "mean hidden state that the router reads on each expert's own prompts",
+    "kmeans": "centroids of the hidden states that the router reads",
+    "domain": "mean embedding of each expert's own documents",
 }
+CALIBRATED_INITS = ("hidden", "kmeans", "domain")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,7 @@ class Options:
     router_init: str | None = None
     router_std: float = 0.02
     block_type: str | None = None
+    data: Any = None
     seed: int = 0
     dtype: str | torch.dtype | None = None
     method_options: dict[str, Any] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from .dense import NORMS, Dense
 from .methods import METHODS, Guarantee, Ingredients, Method
 from .options import Options, choose, settle_dtype
 from .recipes import Kitchen, Recipe
+from .rounding import after_rounding
 from .sources import Source, open_sources
 from .targets import TARGETS, Layout, Target
 
@@ -56,13 +57,14 @@ class Plan:
         check_complete(self, found)
         return found
 
-    def kitchen(self) -> Kitchen:
+    def kitchen(self, findings: dict[Hashable, torch.Tensor] | None = None) -> Kitchen:
         """What the recipes run in."""
         checkpoints = self.checkpoints
         return Kitchen(
             lambda source, name: checkpoints[source].read(name),
             self.options.seed,
             self.main_dtype,
+            findings=findings or {},
         )
 
     @cached_property
@@ -124,8 +126,12 @@ def plan_upcycling(given: SourceLike | Sequence[SourceLike], options: Options) -
     check_data(options, layout, target, method, dense.fields["hidden_size"])
     config = method.config(sources, dense, layout, target, options.config_overrides)
     recipes = method.recipes(Ingredients(dense, sources, layout, target, config, options))
-    settle_dtype(options.dtype, [source.dtype for source in sources])
+    found = [source.dtype for source in sources]
+    result = settle_dtype(options.dtype, found)
     guarantee = method.guarantee(layout, options, target)
+    if loss := target.truncates(recipes):
+        guarantee = guarantee.weakened(loss)
+    guarantee = after_rounding(guarantee, recipes.values(), found, result)
     return Plan(sources, options, method, layout, target, config, recipes, guarantee, dense)
 
 

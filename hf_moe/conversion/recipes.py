@@ -6,6 +6,7 @@ Letters: E experts, N sources.
 """
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, fields
@@ -26,12 +27,14 @@ class Kitchen:
         seed: of everything random.
         dtype: of tensors that no source has, such as routers.
         device: `meta` to plan, `cpu` to work.
+        findings: what a calibration run found out, by its own keys.
     """
 
     read: Reader
     seed: int = 0
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    findings: dict[Hashable, torch.Tensor] = field(default_factory=dict)
     _kept: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
@@ -86,6 +89,10 @@ class Recipe(ABC):
             if isinstance(value := getattr(self, each.name), Neurons):
                 yield from value.inputs()
 
+    def rounds(self) -> bool:
+        """Whether entries of 16 bits are rounded on the way, so that the result computes something slightly else."""
+        return any(part.rounds() for part in self.parts())
+
     @abstractmethod
     def run(self, kitchen: Kitchen) -> torch.Tensor:
         """The tensor; it may share memory with a source."""
@@ -123,6 +130,9 @@ class Mean(Recipe):
             total = sum(tensor[piece].to(wide) for tensor in flat)
             result.view(-1)[piece] = (total / len(flat)).to(result.dtype)  # pyright: ignore
         return result
+
+    def rounds(self) -> bool:
+        return len(self.of) > 1 or super().rounds()
 
 
 @dataclass(frozen=True)
@@ -196,6 +206,9 @@ class Scale(Recipe):
             result.view(-1)[piece] = (flat[piece].to(wide) * self.factor).to(result.dtype)
         return result
 
+    def rounds(self) -> bool:
+        return (self.factor != 0 and abs(math.frexp(self.factor)[0]) != 0.5) or super().rounds()
+
 
 @dataclass(frozen=True)
 class Repeat(Recipe):
@@ -233,3 +246,16 @@ class Constant(Recipe):
 
     def run(self, kitchen: Kitchen) -> torch.Tensor:
         return torch.full(self.shape, self.value, dtype=self.dtype or kitchen.dtype, device=kitchen.device)
+
+
+@dataclass(frozen=True)
+class Finding(Recipe):
+    """Some rows of what a calibration run found out, such as router rows from hidden states."""
+
+    key: Hashable
+    shape: tuple[int, ...]
+
+    def run(self, kitchen: Kitchen) -> torch.Tensor:
+        if kitchen.planning:
+            return torch.empty(self.shape, dtype=kitchen.dtype, device="meta")
+        return kitchen.findings[self.key].to(kitchen.dtype).reshape(self.shape)

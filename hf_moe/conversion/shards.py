@@ -1,113 +1,45 @@
-"""Writing safetensors files one tensor at a time: the format of https://github.com/huggingface/safetensors.
+"""Counts for methods that cut feed-forwards into shards, and what they have in common."""
 
-A file is 8 bytes with the length of the header, the header in JSON, and the tensors' bytes. The library writes a whole
-file at once, from memory that holds all of it; a plan knows every shape beforehand, so we need hold one tensor only.
-"""
+from collections.abc import Sequence
 
-import hashlib
-import json
-import math
-import os
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from .options import Options
 
-import torch
-
-Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+MOST_CHOICES = 256  # nobody wants more shards than that named
 
 
-def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Size of a tensor's data."""
-    return math.prod(shape) * dtype.itemsize
+def check_cut(what: str, parts: int, width: int) -> None:
+    """Refuse a number of parts into which a feed-forward cannot be cut equally."""
+    if parts < 1 or width % parts:
+        choices = [number for number in range(1, min(width, MOST_CHOICES) + 1) if width % number == 0]
+        raise ValueError(f"{what}={parts} does not divide intermediate_size={width}; choose from {choices}")
 
 
-def split_into_shards(shapes: Shapes, max_bytes: int) -> list[list[str]]:
-    """Names per file, in order; no file is larger than `max_bytes` unless a single tensor is."""
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, (shape, dtype) in shapes.items():
-        size = num_bytes(shape, dtype)
-        if shards[-1] and used + size > max_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    return shards
+def check_multiple(what: str, value: int, unit: int, meaning: str, most: int) -> None:
+    """Refuse a count that breaks up sets of `unit`; `meaning` says what such a set is."""
+    if value < 1 or value % unit:
+        choices = list(range(unit, most + 1, unit))
+        raise ValueError(f"{what}={value} is not a multiple of {unit}, {meaning}; choose from {choices}")
 
 
-def shard_names(count: int) -> list[str]:
-    """File names as Transformers gives them."""
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+def is_zero(options: Options) -> bool:
+    """Whether all router rows are zero."""
+    return options.router_init == "zero" or (
+        options.router_init in (None, "random", "tied") and options.router_std == 0
+    )
 
 
-class ShardWriter:
-    """A safetensors file that is written tensor by tensor, in the order of `shapes`, and hashed on the way.
-
-    The file is flushed to disk when the block ends; `sha256` is known then.
-    """
-
-    def __init__(self, path: Path, shapes: Shapes) -> None:
-        self.path, self.shapes, self.left = path, dict(shapes), list(shapes)
-        self.sha256 = ""
-        self._hash = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1)  # hashing releases the interpreter, so it runs beside writing
-        self._pending: Future[None] | None = None
-
-    def __enter__(self) -> Self:
-        self._file = open(self.path, "wb", buffering=0)
-        self._write(header_of(self.shapes))
-        return self
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Write the next tensor."""
-        shape, dtype = self.shapes[name]
-        assert self.left.pop(0) == name and tuple(tensor.shape) == shape and tensor.dtype == dtype, name
-        data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._write(memoryview(data))
-
-    def _write(self, data: bytes | memoryview) -> None:
-        if self._pending is not None:
-            self._pending.result()
-        self._pending = self._pool.submit(self._hash.update, data)
-        view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._pending is not None:
-            self._pending.result()
-        self._pool.shutdown()
-        try:
-            if error is None:
-                assert not self.left, self.left[0]
-                os.fsync(self._file.fileno())
-                self.sha256 = self._hash.hexdigest()
-        finally:
-            self._file.close()
+def refuse_zero_router(options: Options, top_k: int, num_experts: int) -> None:
+    """Among equal scores top-k takes any experts, rarely one of each shard."""
+    if is_zero(options) and top_k < num_experts:
+        how = "router_init='zero'" if options.router_init == "zero" else "router_std=0"
+        raise ValueError(
+            f"{how}: with equal scores top-k does not choose one of each shard, so tokens would lose some and get"
+            " others twice; use router_init='tied' with a small router_std such as 1e-3"
+        )
 
 
-def header_of(shapes: Shapes) -> bytes:
-    """The length and the JSON header of a file, padded so that the data begins at a multiple of 8."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, (shape, dtype) in shapes.items():
-        end = start + num_bytes(shape, dtype)
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def sha256_of(path: Path) -> str:
-    """The digest of a file that exists."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def refuse(options: Options, method: str, names: Sequence[str], instead: str) -> None:
+    """Refuse general options that a method has no use for."""
+    for name in names:
+        if getattr(options, name):
+            raise ValueError(f"{name}={getattr(options, name)} means nothing to method={method!r}; {instead}")

@@ -58,8 +58,8 @@ def read_data(data: Any) -> Texts:
 
     Args:
         data: common texts: strings, lists (or 1-D tensors) of token ids, rows with `text` or `input_ids` such as those
-            of a dataset, a 2-D tensor of token ids, or one file. Groups of texts: a list or dict of such. A string that
-            ends in .txt or .jsonl is a file; several files are one group each.
+            of a dataset, a 2-D tensor of token ids, or one file. Groups of texts: a list or dict of such. A string
+            that ends in .txt or .jsonl is a file; several files are one group each.
 
     Raises:
         ValueError: nothing there, a mixture of kinds, a missing or empty file, or a line that is no JSON or no text.
@@ -172,7 +172,7 @@ def make_batches(source: Source, data: Any, max_length: int = 512, batch_size: i
         batch_size: pieces of a batch, all of one group.
 
     Raises:
-        ValueError: what `read_data` refuses, no tokenizer, a group without tokens, or ids that the model does not have.
+        ValueError: what `read_data` refuses, no tokenizer, a group without tokens, ids that the model does not have.
     """
     texts = read_data(data)
     length, config = max_length, source.config

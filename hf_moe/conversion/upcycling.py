@@ -1,6 +1,6 @@
 """Upcycling: dense models in, a mixture of experts out. Check everything, plan, then run the plan."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .calibration import find
 from .engine import DEFAULT_SHARD_SIZE, convert
 from .methods import METHODS
 from .options import Options
@@ -32,6 +33,7 @@ def upcycle(
     router_init: str | None = None,
     router_std: float = 0.02,
     block_type: str | None = None,
+    data: Any = None,
     seed: int = 0,
     dtype: str | torch.dtype | None = None,
     **more: Any,
@@ -55,6 +57,7 @@ def upcycle(
         normalize: whether the chosen gates are divided by their sum. Defaults to what keeps the method exact.
         router_init: a key of `ROUTER_INITS`; `random`, from N(0, `router_std`), unless the method says otherwise.
         block_type: only to insist on a layout of the residual stream: sources keep the one they have.
+        data: texts for what is calibrated; see `texts.read_data`.
         seed: fixes everything random.
         dtype: of the result; by default each tensor keeps its source's.
         more: the method's own options, and further fields of the target's config (`router_aux_loss_coef=0.02`).
@@ -79,6 +82,7 @@ def upcycle(
         router_init=router_init,
         router_std=router_std,
         block_type=block_type,
+        data=data,
         seed=seed,
         dtype=dtype,
         method_options={name: value for name, value in more.items() if name in own},
@@ -86,13 +90,13 @@ def upcycle(
     )
     plan = plan_upcycling(sources, options)
     if output is None:
-        return execute(plan)
+        return execute(plan, find(plan))
     return convert(plan, output, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
 
 
-def execute(plan: Plan) -> PreTrainedModel:
-    """Run a plan in memory."""
-    kitchen, shapes = plan.kitchen(), plan.shapes
+def execute(plan: Plan, findings: dict[Hashable, torch.Tensor] | None = None) -> PreTrainedModel:
+    """Run a plan in memory; `findings` are those of `calibration.find`."""
+    kitchen, shapes = plan.kitchen(findings), plan.shapes
     state = {
         name: recipe.run(kitchen).to(shapes[name][1]).clone()
         for name, recipe in tqdm(plan.recipes.items(), "Upcycling", unit="tensor", delay=5)

@@ -67,6 +67,8 @@ NATIVE = {
     "mixtral": NativeLayout("MixtralSparseMoeBlock", normalize=True),
     "qwen3_moe": NativeLayout("Qwen3MoeSparseMoeBlock"),
     "olmoe": NativeLayout("OlmoeSparseMoeBlock"),
+    "qwen2_moe": NativeLayout("Qwen2MoeSparseMoeBlock", shared="shared_expert"),
+    "flex_olmo": NativeLayout("FlexOlmoSparseMoeBlock"),
     "deepseek_v3": NativeLayout("DeepseekV3MoE", "sigmoid", shared="shared_experts", bias="e_score_correction_bias"),
 }
 

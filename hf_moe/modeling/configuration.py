@@ -28,6 +28,7 @@ class DecoderConfig(PreTrainedConfig):
         head_dim: defaults to `hidden_size // num_attention_heads`.
         rope_parameters: defaults to `{"rope_type": "default", "rope_theta": 10000.0}`.
         sliding_window: tokens that a mixer with `sliding=True` looks back on.
+        final_logit_softcapping: c, which bounds the logits by `c tanh(logit / c)` (Gemma 2: 30); None for no bound.
         output_router_logits: return the router logits of every MoE layer, and the balance loss outside training too.
         router_aux_loss_coef: weight of the load-balancing loss of each MoE layer, added to the loss in training; 0
             turns it off. Switch Transformer's 0.01.
@@ -62,6 +63,7 @@ class DecoderConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     attention_dropout: float | int = 0.0
     sliding_window: int | None = None
+    final_logit_softcapping: float | int | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
     output_router_logits: bool = False
@@ -92,6 +94,10 @@ class DecoderConfig(PreTrainedConfig):
         if self.router_balance_loss not in BALANCE_LOSSES:
             raise ValueError(
                 f"router_balance_loss={self.router_balance_loss!r} is unknown; choose from {sorted(BALANCE_LOSSES)}."
+            )
+        if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:
+            raise ValueError(
+                f"final_logit_softcapping={self.final_logit_softcapping} must be positive, or None for no bound."
             )
         self.check_heads()
         self.check_blocks()

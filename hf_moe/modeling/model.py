@@ -24,6 +24,7 @@ from .generation import PartsGenerationMixin
 from .layers import RMSNorm, RotaryEmbedding
 from .losses import RouterLogits, share_of_labels, weighted_losses
 from .mixers import Mixer
+from .ops.soft_cap import soft_cap
 from .packing import find_segments, layer_masks, mask_for_flash, padding_mask, positions_of
 from .parts import Part, build, fp32_buffers
 from .routers import Router
@@ -221,7 +222,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, PartsGenerationMixin):
             output_router_logits=output_router_logits,
             **inputs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
@@ -237,6 +238,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, PartsGenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the head says about (B, T, D) hidden states behind the final norm."""
+        return soft_cap(self.lm_head(hidden_states), self.config.final_logit_softcapping)
 
     def added_loss(
         self,

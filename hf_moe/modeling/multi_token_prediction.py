@@ -132,7 +132,7 @@ class MultiTokenForCausalLM(DecoderForCausalLM):
         """Cross-entropy of one layer: a mean over its targets, or their sum by the label tokens of the whole step."""
         if num_items_in_batch is None:  # there may be none: a row of two tokens has a next one only
             num_items_in_batch = (targets != -100).sum().clamp(min=1)
-        logits = self.lm_head(hidden_states)
+        logits = self.logits(hidden_states)
         return self.loss_function(
             logits, targets, self.vocab_size, num_items_in_batch=num_items_in_batch, shift_labels=targets.contiguous()
         )

@@ -43,7 +43,9 @@ def test_help_has_examples_and_all_choices():
     assert "hf-moe upcycle base code math law --to bam" in text
     assert all(name in text for name in [*TARGETS, *METHODS])
     options = "--to --output --method --num-experts --top-k --router-init --router-std --share-key-value --block-type"
-    assert all(flag in text for flag in (*options.split(), "--dtype", "--seed", "--overwrite"))
+    assert all(
+        flag in text for flag in (*options.split(), "--dtype", "--seed", "--overwrite", "--resume", "--dry-run")
+    )
 
 
 def test_btx(sources, tmp_path):
@@ -72,6 +74,26 @@ def test_bam_with_every_flag(sources, tmp_path):
     assert result.exit_code == 0, result.output
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert (config.block_type, config.share_key_value, config.num_experts_per_tok) == ("pre_norm", True, 2)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(sources, tmp_path, monkeypatch):
+    from hf_moe.conversion.checkpoints import Checkpoint
+
+    monkeypatch.setattr(Checkpoint, "read", None)
+    flags = ["--to", "hf_moe", "--layers", "every-2", "--num-experts", 4, "--dry-run", "--output", tmp_path / "out"]
+    result = run(sources[0], *flags)
+    assert result.exit_code == 0, result.output
+    for text in ("1 of 2", "4 per layer, 2 per token", "before training", "exact", '"block_pattern"', "parameters"):
+        assert text in result.output, text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_that_stay_dense(sources, tmp_path):
+    assert run(sources[0], "--to", "hf_moe", "--layers", "last-half", "-o", tmp_path / "out").exit_code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["block_pattern"] == ["dense", "moe"]
+    result = run(sources[0], "--to", "mixtral", "--layers", "1", "-o", tmp_path / "again")
+    assert "layers [0] would stay dense, and all its layers are sparse" in str(result.exception)
 
 
 def test_refusals_come_before_any_work(sources, tmp_path, monkeypatch):

@@ -7,12 +7,19 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    YoutuConfig,
 )
 
 import hf_moe
@@ -28,8 +35,39 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-STOCK = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-OWN = {"qwen3": {"head_dim": 16}, "mistral": {"sliding_window": 5}}
+STOCK = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "olmo2": Olmo2Config,
+    "smollm3": SmolLM3Config,
+    "phi3": Phi3Config,
+    "youtu": YoutuConfig,
+    "deepseek_v3": DeepseekV3Config,
+    "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "tie_word_embeddings": False,
+}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 5, "pad_token_id": 0}
+OWN = {
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": 5},
+    "smollm3": {"pad_token_id": 0, "no_rope_layer_interval": 2, "tie_word_embeddings": False},
+    "phi3": {"pad_token_id": 0},
+    "gemma2": {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},  # low enough to matter
+    "gemma3_text": {**GEMMA, "num_hidden_layers": 3, "sliding_window_pattern": 2},
+    "youtu": LATENT,
+    "deepseek_v3": {**LATENT, "first_k_dense_replace": 2, "num_mtp_layers": 0},
+}
 
 
 def dense_config(family: str, **overrides: Any) -> Any:
@@ -48,9 +86,10 @@ def dense_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel
     """A model of a family; norms and biases are random too."""
     model = AutoModelForCausalLM.from_config(dense_config(family, **overrides)).eval()
     generator = torch.Generator().manual_seed(seed)
+    centre = 0 if family.startswith("gemma") else 1  # its norms multiply by 1 + weight
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data.copy_(1 + 0.2 * noise if "norm" in name else 0.3 * noise)
+        parameter.data.copy_(centre + 0.2 * noise if "norm" in name else 0.3 * noise)
     return model
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_moe.conversion import Options, convert, execute, plan_upcycling, save_upcycled, upcycle
-from hf_moe.conversion.shards import ShardWriter, sha256_of, split_into_shards
+from hf_moe.conversion.tensor_files import ShardWriter, sha256_of, split_into_shards
 
 PAIRS = [
     ("llama", "mixtral", 1),
@@ -109,10 +109,9 @@ def test_shards_are_as_large_as_allowed(sizes, limit):
 
 
 MEMORY = """
-import resource, sys
+import sys
 from hf_moe.conversion import upcycle
-upcycle(sys.argv[1], "mixtral", num_experts=8, output=sys.argv[2], max_shard_size=int(sys.argv[3]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(upcycle(sys.argv[1], "mixtral", num_experts=8, output=sys.argv[2], max_shard_size=sys.argv[3]).peak_rss)
 """
 
 

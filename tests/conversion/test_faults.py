@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_moe.conversion import Options, convert, plan_upcycling, upcycle
 from hf_moe.conversion import engine as engine_module
-from hf_moe.conversion.shards import ShardWriter, sha256_of
+from hf_moe.conversion.tensor_files import ShardWriter, sha256_of
+from hf_moe.conversion.workplace import LOCK
 
 INDEX = "model.safetensors.index.json"
 
@@ -93,7 +94,7 @@ def killed(source, output, monkeypatch, after):
 def test_finished_files_are_kept_and_not_written_again(source, tmp_path, monkeypatch):
     output = tmp_path / "out"
     killed(source, output, monkeypatch, after=3)
-    partial = tmp_path / ".out.partial"
+    partial = tmp_path / ".out.partial" / "model"
     kept = {file: file.stat().st_mtime_ns for file in partial.glob("*.safetensors")}
     assert len(kept) == 3 and not output.exists()
     with pytest.raises(ValueError, match=r"left 3 finished files.*--resume to go on, or --overwrite to start again"):
@@ -124,7 +125,7 @@ def test_two_runs_on_one_output(source, tmp_path):
     partial.mkdir()
     (partial / "theirs.new").write_text("work")
     with (
-        FileLock(partial / engine_module.LOCK),
+        FileLock(partial / LOCK),
         pytest.raises(ValueError, match="out is being written by another run"),
     ):
         upcycle(source, "mixtral", output=tmp_path / "out")

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaForSequenceClass
 
 from hf_moe import HfMoeConfig
 from hf_moe.conversion import METHODS, TARGETS, Options, plan_upcycling, upcycle
+from hf_moe.conversion.options import ROUTER_INITS
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def meta_models(family="llama", count=2, **overrides):
         (2, {"target": "mixtrall"}, f"target='mixtrall' is unknown; choose from {list(TARGETS)}"),
         (2, {"method": "average"}, f"method='average' is unknown; choose from {list(METHODS)}"),
         (2, {"method": "btx"}, "method='btx' cannot make a 'bam'; choose from ['bam']"),
-        (2, {"target": "mixtral", "method": "bam"}, "cannot make a 'mixtral'; choose from ['copy', 'btx']"),
+        (2, {"target": "mixtral", "method": "bam"}, "cannot make a 'mixtral'; choose from ['copy', "),
         (1, {}, "method='bam' needs at least 2 sources, got 1"),
         (1, {"target": "mixtral", "method": "btx"}, "method='btx' needs at least 2 sources, got 1"),
         (2, {"target": "mixtral", "method": "copy"}, "method='copy' takes one source, not 2"),
@@ -45,7 +46,7 @@ def meta_models(family="llama", count=2, **overrides):
         (2, {"top_k": 0}, "top_k=0 must be between 1 and num_experts=2"),
         (2, {"target": "mixtral", "top_k": 1}, "leaves its router no gradient: use top_k=2"),
         (1, {"target": "mixtral", "num_experts": 4, "top_k": 5}, "top_k=5 must be between 1 and num_experts=4"),
-        (2, {"router_init": "ones"}, "router_init='ones' is unknown; choose from ['random', 'zero', 'tied']"),
+        (2, {"router_init": "ones"}, f"router_init='ones' is unknown; choose from {list(ROUTER_INITS)}"),
         (2, {"router_std": -0.1}, "router_std=-0.1 must not be negative"),
         (2, {"dtype": "int8"}, "dtype='int8' is unknown; choose from ['float32', 'bfloat16', 'float16']"),
         (2, {"dtype": torch.int8}, "dtype='int8' is unknown"),
@@ -118,9 +119,17 @@ def test_a_parallel_source_keeps_its_layout():
             "llama",
             {},
             "qwen3_moe",
-            ("qk_norm is 'none', the target has only 'head'", "['mixtral', 'bam', 'hf_moe', 'rmoe']"),
+            (
+                "qk_norm is 'none', the target has only 'head'",
+                "can: ['mixtral', 'qwen2_moe', 'bam', 'hf_moe', 'rmoe', 'mole']",
+            ),
         ),
-        ("qwen2", {}, "mixtral", ("attention_bias is 'qkv', the target has only 'none'", "can: ['bam', 'hf_moe']")),
+        (
+            "qwen2",
+            {},
+            "mixtral",
+            ("attention_bias is 'qkv', the target has only 'none'", "can: ['qwen2_moe', 'bam', 'hf_moe']"),
+        ),
         ("llama", {"mlp_bias": True}, "hf_moe", ("mlp_bias is True, the target has only False", "can: []")),
         (
             "llama",
@@ -129,6 +138,18 @@ def test_a_parallel_source_keeps_its_layout():
             ("attention_bias is 'qkvo', the target has only",),
         ),
         ("parallel", {}, "mixtral", ("block_type is 'parallel', the target has only 'pre_norm'",)),
+        ("qwen2", {"head_dim": 12}, "qwen2_moe", ("head_dim is 12, the target has only hidden_size /", "= 8")),
+        ("olmo2", {}, "olmoe", ("block_type is 'post_norm', the target has only 'pre_norm'", "can: ['flex_olmo',")),
+        ("smollm3", {}, "mixtral", ("rotary is 'some', the target has only 'all'", "can: ['hf_moe']")),
+        ("phi3", {"resid_pdrop": 0.1}, "mixtral", ("resid_pdrop is 0.1, which the target does not have", "can: []")),
+        (
+            "phi3",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "mixtral",
+            ("partial_rotary_factor is 0.5, the target has only 1.0", "can: ['hf_moe']"),
+        ),
+        ("youtu", {}, "mixtral", ("attention is 'latent', the target has only 'grouped'", "can: ['deepseek_v3',")),
+        ("llama", {}, "deepseek_v3", ("attention is 'grouped', the target has only 'latent'",)),
         ("mistral", {}, "rmoe", ("sliding is 'all', the target has only 'none'",)),
     ],
 )
@@ -169,11 +190,38 @@ def test_an_hf_moe_source_must_be_dense_and_of_one_block():
         upcycle(two_blocks, "hf_moe")
     with refused("source 0 (HfMoe", "an hf_moe source must be one block of `attention` and `mlp`"):
         upcycle(upcycle(dense_model("llama"), "hf_moe"), "hf_moe")
-    half = {**block, "mixer": {**block["mixer"], "partial_rotary_factor": 0.5}}
-    with torch.device("meta"):
-        half_rotated = AutoModelForCausalLM.from_config(HfMoeConfig(blocks={"a": half}, **sizes))
-    with refused("source 0 (HfMoe", "partial_rotary_factor is 0.5, all targets rotate whole heads"):
-        upcycle(half_rotated, "hf_moe")
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("llama", {"target": "mixtral", "layers": [1]}, "layers [0] would stay dense, and all its layers are sparse"),
+        ("youtu", {"target": "deepseek_v3", "layers": [0]}, "layers [1] would stay dense, and only its first layers"),
+        ("llama", {"target": "mixtral", "shared_experts": 1}, "it has no shared experts"),
+        ("qwen2", {"target": "qwen2_moe", "shared_experts": 0}, "it has exactly one shared expert, not 0"),
+        ("youtu", {"target": "deepseek_v3", "shared_experts": 0}, "always has shared experts, and this makes none"),
+        ("youtu", {"target": "deepseek_v3", "num_experts": 1}, "chooses among at least 2 experts, not 1"),
+        ("youtu", {"target": "deepseek_v3", "routed_scaling_factor": 0}, "routed_scaling_factor=0 must be a positive"),
+        ("youtu", {"target": "deepseek_v3", "n_group": 2}, "config overrides ['n_group'] follow from the sources"),
+        ("llama", {"target": "mole", "experts_per_group": 3}, "experts_per_group=3 does not divide num_experts=8"),
+    ],
+)
+def test_layouts_that_a_target_has_no_room_for(family, options, message):
+    with refused(message):
+        upcycle(meta_models(family, 1)[0], **options)
+
+
+@pytest.mark.allow_warnings("to determine a scaling factor")
+def test_what_no_target_can_express_is_said_first():
+    long = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 2, "long_factor": [2.0] * 2}
+    rope = {**long, "partial_rotary_factor": 0.5}
+    with refused("source 0 (Phi3", "no target has rope_type='longrope' with partial_rotary_factor=0.5"):
+        upcycle(meta_models("phi3", 1, rope_parameters=rope, original_max_position_embeddings=16), "hf_moe")
+    with refused("source 0 (Deepseek", "first_k_dense_replace=1 of num_hidden_layers=2: it has experts already"):
+        upcycle(meta_models("deepseek_v3", 1, first_k_dense_replace=1), "deepseek_v3")
+    llama, youtu = meta_models(count=1)[0], meta_models("youtu", 1)[0]
+    with refused("do not fit together", "attention is 'grouped' and 'latent'", "kv_lora_rank is None and 12"):
+        upcycle([llama, youtu], "hf_moe")
 
 
 def test_a_tensor_without_a_place_is_refused():

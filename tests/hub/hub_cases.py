@@ -85,6 +85,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (model type, overrid
             "sliding_window": 8,
         },
     ),
+    "hf_moe_capped": (
+        "hf_moe",
+        {
+            "blocks": {
+                "local": {
+                    "type": "sandwich",
+                    "mixer": {**ATTENTION, "sliding": True, "rope_parameters": specs.LOCAL_ROPE},
+                    "feed_forward": specs.MLP,
+                },
+                "global": {
+                    "type": "post_norm",
+                    "mixer": {**ATTENTION, "qk_norm": "full", "logit_softcapping": 1.0},
+                    "feed_forward": specs.moe(),
+                },
+            },
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 8,
+        },
+    ),
     "moa": ("moa", {}),
     "rexmoe": ("rexmoe", {}),
     "rmoe": ("rmoe", {}),

@@ -5,9 +5,11 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    FlexOlmoConfig,
     LlamaConfig,
     MixtralConfig,
     OlmoeConfig,
+    Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
 
@@ -33,6 +35,7 @@ DEEPSEEK = {
     "topk_group": 1,
     "moe_intermediate_size": 8,
 }
+QWEN2_MOE = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
 NATIVE = {
     "mixtral": (MixtralConfig(**SIZES, num_local_experts=4), 2, "softmax", True),
     "qwen3_moe": (Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=8), 2, "softmax", False),
@@ -40,6 +43,11 @@ NATIVE = {
         Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=8, norm_topk_prob=True), 2, "softmax", True,
     ),
     "olmoe": (OlmoeConfig(**SIZES, num_experts=4), 2, "softmax", False),
+    "qwen2_moe": (Qwen2MoeConfig(**SIZES, num_experts=4, **QWEN2_MOE), 2, "softmax", False),
+    "qwen2_moe-normalized": (
+        Qwen2MoeConfig(**SIZES, num_experts=4, **QWEN2_MOE, norm_topk_prob=True), 2, "softmax", True,
+    ),
+    "flex_olmo": (FlexOlmoConfig(**SIZES, num_experts=4), 2, "softmax", False),
     "deepseek_v3": (DeepseekV3Config(**SIZES, **MLA, **DEEPSEEK), 1, "sigmoid", True),
 }  # fmt: skip
 OURS = {
@@ -76,6 +84,12 @@ def test_shared_experts_and_bias_of_deepseek():
     (layer,) = hf_moe.moe_layers(model)
     assert layer.shared_experts is model.model.layers[1].mlp.shared_experts
     assert layer.selection_bias is model.model.layers[1].mlp.gate.e_score_correction_bias
+
+
+def test_shared_expert_of_qwen2_moe():
+    model = AutoModelForCausalLM.from_config(NATIVE["qwen2_moe"][0])
+    for number, layer in enumerate(hf_moe.moe_layers(model)):
+        assert layer.shared_experts is model.model.layers[number].mlp.shared_expert
 
 
 def test_unknown_types_are_refused_and_dense_ones_are_empty():

@@ -22,8 +22,8 @@ def compose(**block):
 
 CASES = {
     "unknown block": (
-        lambda: compose(type="post_norm"),
-        r"'post_norm'; choose from \['mixer_only', .*'parallel', 'pre_norm'",
+        lambda: compose(type="reversible"),
+        r"'reversible'; choose from \['mixer_only', .*'parallel', .*'pre_norm'",
     ),
     "unknown mixer": (lambda: compose(mixer={"type": "rwkv"}), r"'rwkv'; choose from \['attention', '"),
     "unknown router": (
@@ -36,7 +36,7 @@ CASES = {
     ),
     "unknown option": (
         lambda: compose(mixer={**ATTENTION, "heads": 4}),
-        r"no option \['heads'\]; it has \['output_bias'",
+        r"no option \['heads'\]; it has \['logit_softcapping', 'output_bias'",
     ),
     "missing option": (lambda: compose(feed_forward={"type": "mlp"}), r"'mlp' needs \['intermediate_size'\]"),
     "slot without spec": (lambda: compose(mixer="attention"), r"needs 'mixer' to be a spec such as"),
@@ -62,8 +62,8 @@ CASES = {
     "no attention expert": (lambda: tiny_config("bam", num_attention_experts=0), "at least one expert"),
     "unknown cell": (lambda: tiny_config("rmoe", router_cell="mamba"), r"choose from \['gru', 'lstm', 'rnn'\]"),
     "unknown block type": (
-        lambda: tiny_config("bam", block_type="sandwich"),
-        r"choose from \['mixer_only', .*'parallel', 'pre_norm'",
+        lambda: tiny_config("bam", block_type="reversible"),
+        r"choose from \['mixer_only', .*'parallel', .*'pre_norm'",
     ),
     "unknown scoring": (
         lambda: compose(feed_forward={**MOE, "router": {"type": "top_k", "scoring": "cosine"}}),

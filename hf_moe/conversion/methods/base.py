@@ -4,8 +4,9 @@ A method is a frozen dataclass; its fields are its own options, which users pass
 file per idea.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -40,6 +41,11 @@ class Guarantee:
     exactness: Exactness
     reason: str
 
+    def weakened(self, loss: str) -> "Guarantee":
+        """The same, after something was lost that the method does not know of."""
+        exact = self.exactness in (Exactness.EXACT, Exactness.ROUNDING)
+        return Guarantee(Exactness.APPROXIMATE if exact else self.exactness, f"{loss}; {self.reason}")
+
 
 @dataclass(frozen=True)
 class Ingredients:
@@ -63,11 +69,11 @@ class Ingredients:
             return self.tensor(0, name)
         return Mean(tuple(self.tensor(source, name) for source in range(len(self.sources))))
 
-    def router_rows(self, width: int, key: str) -> Recipe:
+    def router_rows(self, layer: int, width: int, key: str) -> Recipe:
         """(E, width) the first rows of one layer's router; `key` is the tensor's name."""
         options = self.options
         init = options.router_init or "random"
-        return router_rows(init, options.router_std, self.layout, width, key)
+        return router_rows(init, options.router_std, self.layout, layer, width, key)
 
     def fresh_rows(self, shape: tuple[int, ...], key: str) -> Recipe:
         """Rows of a second router (of attention experts, of zero experts), which no calibration knows."""
@@ -160,9 +166,7 @@ class Method(ABC):
         target, layout = ingredients.target, ingredients.layout
         path = f"model.layers.{layer}.{target.moe}"
         plan = dict(target.router(path, ingredients, layer))
-        for number, expert in enumerate(self.experts(ingredients, layer)):
-            for name, matrix in zip(target.experts, expert, strict=True):
-                plan[f"{path}.experts.{number}.{name}.weight"] = matrix
+        plan |= target.routed_experts(path, self.experts(ingredients, layer), ingredients)
         shared = self.shared_expert(ingredients, layer)
         assert (shared is None) == (not layout.num_shared), "layout and shared expert disagree"
         if shared is not None:
@@ -176,6 +180,20 @@ class Method(ABC):
     def unused(self, names: Iterable[str]) -> set[str]:
         """Source tensors that have no place in the result, on purpose."""
         return set()
+
+    def wants_data(self) -> bool:
+        """Whether neurons are chosen by what they do on texts: `calibrate` is then called before the recipes run."""
+        return False
+
+    def calibrate(self, sources: Sequence[Source], batches: Sequence[Any], layout: Layout) -> dict[Hashable, Any]:
+        """Findings for `Kitchen.findings`, by keys that the method's `Neurons` know.
+
+        Args:
+            sources: as in the plan.
+            batches: `calibration.Batch`es of tokens.
+            layout: what is going to be made.
+        """
+        return {}
 
 
 def common_layout(
@@ -210,5 +228,15 @@ def common_layout(
         expert_width=expert_width,
         layers=options.sparse_layers(dense.num_layers),
         normalize=normalize,
+        sigmoid=target.sigmoid,
+        gate_scale=gate_scale(options, target),
         **more,
     )
+
+
+def gate_scale(options: Options, target: Target) -> float:
+    """What the target multiplies its gates by: 1, unless the user overrides the config field."""
+    scale = options.config_overrides.get(target.gate_scale, 1.0) if target.gate_scale else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise ValueError(f"{target.gate_scale}={scale!r} must be a positive number")
+    return float(scale)

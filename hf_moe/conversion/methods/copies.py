@@ -22,7 +22,7 @@ class Copy(Method):
         width = dense.intermediate_size
         num_shared = options.shared_experts
         if num_shared is None:
-            num_shared = 1 if target.shared_experts == "one" else 0
+            num_shared = int(target.must_share)
         if num_shared not in (0, 1):
             raise ValueError(f"shared_experts={num_shared}: method={self.name!r} makes one shared expert or none")
         return common_layout(

@@ -4,8 +4,9 @@ from typing import Any
 
 from ...architectures import ARCHITECTURES
 from ..dense import Dense
+from ..families import LATENT_FIELDS
 from ..recipes import Constant, Normal, Recipe
-from .base import Layout, Target
+from .base import Layout, Target, Whatever
 
 NUM_CELL_GATES = {"gru": 3, "rnn": 1, "lstm": 4}
 
@@ -38,7 +39,7 @@ def _rmoe_router(path: str, ingredients: Any, layer: int) -> dict[str, Recipe]:
     config, width = ingredients.config, ingredients.dense.fields["hidden_size"]
     size, first, last = config.router_state_size, f"{path}.gate.in_proj.weight", f"{path}.gate.out_proj.weight"
     fresh = Normal((size, width), config.initializer_range, first)
-    return {first: fresh, last: ingredients.router_rows(size, last)}
+    return {first: fresh, last: ingredients.router_rows(layer, size, last)}
 
 
 def _rmoe_cell(dense: Dense, layout: Layout, config: Any) -> dict[str, Recipe]:
@@ -59,6 +60,8 @@ def _hf_moe(dense: Dense, layout: Layout) -> dict[str, Any]:
         (layer in layout.layers, dense.sliding_layers[layer], dense.rotary_layers[layer])
         for layer in range(dense.num_layers)
     ]
+    if layout.mixer is not None:
+        check_replaceable(dense)
     blocks = {}
     for sparse, sliding, rotary in sorted(set(kinds)):
         mixer = _mixer(dense, sliding, rotary) if layout.mixer is None else layout.mixer
@@ -70,7 +73,19 @@ def _hf_moe(dense: Dense, layout: Layout) -> dict[str, Any]:
         "blocks": blocks,
         "block_pattern": pattern if len(blocks) > 1 else list(blocks),
         "sliding_window": dense.sliding_window,
+        "final_logit_softcapping": dense.special.get("final_logit_softcapping"),
     }
+
+
+def check_replaceable(dense: Dense) -> None:
+    """Attention experts have no room for what only plain attention knows; they would leave it out."""
+    only = [name for name in ("attn_logit_softcapping", "local_rope_parameters") if name in dense.special]
+    if dense.qk_norm == "full":
+        only.append("qk_norm='full'")
+    if dense.attention == "latent":
+        only.append("attention='latent'")
+    if only:
+        raise ValueError(f"attention experts cannot express {', '.join(only)} of these sources: keep their attention")
 
 
 def _block_name(sparse: bool, sliding: bool, rotary: bool) -> str:
@@ -78,12 +93,17 @@ def _block_name(sparse: bool, sliding: bool, rotary: bool) -> str:
 
 
 def _mixer(dense: Dense, sliding: bool, rotary: bool) -> dict[str, Any]:
+    if dense.attention == "latent":
+        return {"type": "latent_attention", **{name: dense.fields[name] for name in LATENT_FIELDS}}
     return {
         "type": "attention",
-        "qk_norm": dense.qk_norm == "head",
+        "qk_norm": {"none": False, "head": True}.get(dense.qk_norm, dense.qk_norm),
         "qkv_bias": "qkv" in dense.attention_bias,
         "output_bias": dense.attention_bias in ("qkvo", "o"),
         "rotary": rotary,
+        "partial_rotary_factor": dense.partial_rotary_factor if rotary else 1.0,
+        "rope_parameters": dense.special.get("local_rope_parameters") if sliding else None,
+        "logit_softcapping": dense.special.get("attn_logit_softcapping"),
         "sliding": sliding,
     }
 
@@ -116,12 +136,15 @@ OWN_TARGETS: dict[str, Target] = {
         model_class=ARCHITECTURES["hf_moe"][2],
         configure=_hf_moe,
         expresses={
-            "block_type": ("pre_norm", "parallel"),
-            "qk_norm": ("none", "head"),
+            "block_type": ("pre_norm", "parallel", "post_norm", "sandwich"),
+            "qk_norm": ("none", "head", "full"),
             "attention_bias": ANY_BIAS,
+            "attention": ("grouped", "latent"),
+            "partial_rotary_factor": Whatever(),
             "rotary": ("all", "some", "none"),
             "sliding": ("none", "some", "all"),
         },
+        special=("attn_logit_softcapping", "final_logit_softcapping", "local_rope_parameters"),
         dense_layers="any",
         shared_experts="any",
         null_experts=True,

@@ -1,4 +1,4 @@
-"""Soft caps, `c tanh(x / c)`, on logits and on attention scores (Gemma 2, https://arxiv.org/abs/2408.00118, section 2).
+"""Soft caps, `c tanh(x / c)`, on logits and on attention scores (Gemma 2, https://arxiv.org/abs/2408.00118, sec. 2).
 
 Letters: B batch, H query heads, M key heads, T queries, S keys, d head width.
 """

@@ -1,0 +1,39 @@
+"""The methods that specs/conversion.md section 0 calls exact, with the arguments that make them so."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Arguments of `upcycle` under which a method promises exactness, and the targets that can make it."""
+
+    options: dict[str, Any]
+    targets: tuple[str, ...] | None = None  # None: all
+    not_targets: tuple[str, ...] = field(default=())
+
+    def fits(self, target: str) -> bool:
+        return (self.targets is None or target in self.targets) and target not in self.not_targets
+
+
+NORMALIZED = ("mixtral", "rmoe")  # whatever one says
+# label -> arguments; methods are added here, and every expressible pair of source and target is then tested
+EXACT_METHODS: dict[str, Exact] = {
+    "copy": Exact({"num_experts": 4}),
+    "copy, one chosen, zero router": Exact(
+        {"num_experts": 4, "top_k": 1, "normalize": False, "router_init": "zero"}, not_targets=NORMALIZED
+    ),
+}
+
+
+def exact_cases(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """(source, target, label) for every method; one but the first is tried on the first source of each target only."""
+    first: dict[str, str] = {}
+    cases = []
+    for source, target in pairs:
+        is_first = first.setdefault(target, source) == source
+        for number, (label, method) in enumerate(EXACT_METHODS.items()):
+            if method.fits(target) and (number == 0 or is_first):
+                cases.append((source, target, label))
+    return cases
