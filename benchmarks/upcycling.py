@@ -70,6 +70,7 @@ def make_source(folder: Path, gigabytes: float) -> None:
         with ShardWriter(folder / file, {name: shapes[name] for name in names}) as shard:
             for name in names:
                 shard.add(name, torch.randn(shapes[name][0]).mul_(0.02).bfloat16())
+        shard.close()
     index = {
         "metadata": {"total_size": sum(2 * tensor.numel() for tensor in state.values())},
         "weight_map": weight_map,

@@ -1,9 +1,10 @@
 """Conversion: checkpoints into other checkpoints."""
 
+from .calibration import find
 from .engine import Written, convert
 from .methods import METHODS
 from .options import Options
 from .output import atomic_directory, check_output, save_upcycled
 from .planning import Plan, count_parameters, plan_upcycling
 from .targets import TARGETS
-from .upcycling import execute, upcycle
+from .upcycling import execute, make_options, upcycle

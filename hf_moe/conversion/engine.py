@@ -24,6 +24,7 @@ from transformers.utils.hub import convert_file_size_to_int
 from .checkpoints import INDEX
 from .output import check_output, copy_companions
 from .planning import Plan
+from .recipes import Kitchen
 from .tensor_files import ShardWriter, content, num_bytes, sha256_of, shard_names, split_into_shards
 from .workplace import Workplace, workplace, write_json
 
@@ -143,23 +144,39 @@ def check_space(plan: Plan, work: Workplace) -> None:
 
 
 def write_shards(plan: Plan, work: Workplace, files: dict[str, list[str]], findings: Findings) -> None:
-    """Write the files that are not finished yet."""
-    kitchen = plan.kitchen(findings)
+    """Write the files that are not finished yet. One is flushed to disk while the next one is being written."""
+    kitchen, flushed = plan.kitchen(findings), None
     sizes = {file: sum(num_bytes(*plan.shapes[name]) for name in names) for file, names in files.items()}
     done = sum(sizes[file] for file in work.finished)
-    with tqdm(total=plan.bytes, initial=done, desc="Upcycling", unit="B", unit_scale=True, delay=5) as bar:
+    bar = tqdm(total=plan.bytes, initial=done, desc="Upcycling", unit="B", unit_scale=True, delay=5)
+    with bar, ThreadPoolExecutor(1) as pool:
         for file in [file for file in files if file not in work.finished]:
-            names, beside = files[file], work.folder / f"{file}.new"
-            name = names[0]
-            try:
-                with ShardWriter(beside, {name: plan.shapes[name] for name in names}) as shard:
-                    for name in names:
-                        tensor = plan.recipes[name].run(kitchen).to(plan.shapes[name][1])
-                        shard.add(name, tensor)
-                        bar.update(tensor.nbytes)
-            except OSError as error:
-                raise OSError(error.errno, f"{error.strerror}, while writing {name!r} to {file}") from error
-            work.finish(beside, file, shard.sha256)
+            shard = write_shard(plan, kitchen, work.folder / f"{file}.new", files[file], bar)
+            if flushed is not None:
+                flushed.result()
+            flushed = pool.submit(finish_shard, work, shard, file)
+        if flushed is not None:
+            flushed.result()
+
+
+def write_shard(plan: Plan, kitchen: Kitchen, path: Path, names: list[str], bar: tqdm) -> ShardWriter:
+    """Make the tensors of one file and write them, not yet flushed."""
+    name = names[0]
+    try:
+        with ShardWriter(path, {name: plan.shapes[name] for name in names}) as shard:
+            for name in names:
+                tensor = plan.recipes[name].run(kitchen).to(plan.shapes[name][1])
+                shard.add(name, tensor)
+                bar.update(tensor.nbytes)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, while writing {name!r} to {path.stem}") from error
+    return shard
+
+
+def finish_shard(work: Workplace, shard: ShardWriter, file: str) -> None:
+    """Flush a file, give it its name and record it."""
+    shard.close()
+    work.finish(shard.path, file, shard.sha256)
 
 
 def write_small_files(plan: Plan, partial: Path, files: dict[str, list[str]]) -> None:

@@ -12,6 +12,7 @@ from .calibration import find
 from .engine import DEFAULT_SHARD_SIZE, convert
 from .methods import METHODS
 from .options import Options
+from .output import check_output
 from .planning import Plan, SourceLike, plan_upcycling
 
 
@@ -69,8 +70,7 @@ def upcycle(
     Raises:
         ValueError: sources that do not fit together or that the target cannot express, or an unknown option.
     """
-    own = {name for each in METHODS.values() for name in each.options()}
-    options = Options(
+    options = make_options(
         target=target,
         method=method,
         num_experts=num_experts,
@@ -85,13 +85,24 @@ def upcycle(
         data=data,
         seed=seed,
         dtype=dtype,
-        method_options={name: value for name, value in more.items() if name in own},
-        config_overrides={name: value for name, value in more.items() if name not in own},
+        more=more,
     )
     plan = plan_upcycling(sources, options)
     if output is None:
         return execute(plan, find(plan))
-    return convert(plan, output, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
+    check_output(output, overwrite, [source.folder for source in plan.sources if source.folder is not None])
+    findings = find(plan)
+    return convert(plan, output, findings=findings, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
+
+
+def make_options(*, more: dict[str, Any], **common: Any) -> Options:
+    """The options of a conversion; `more` holds options of some method, and further fields of the target's config."""
+    own = {name for method in METHODS.values() for name in method.options()}
+    return Options(
+        **common,
+        method_options={name: value for name, value in more.items() if name in own},
+        config_overrides={name: value for name, value in more.items() if name not in own},
+    )
 
 
 def execute(plan: Plan, findings: dict[Hashable, torch.Tensor] | None = None) -> PreTrainedModel:

@@ -2,3 +2,4 @@
 
 from .balancing import BiasBalancing, CountsAhead, LoadBalancing, count_ahead, empty_loads, update_biases
 from .schedules import PoolSchedule, TopKSchedule
+from .warm_up import warm_up_folder, warm_up_routers, write_routers

@@ -88,6 +88,19 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(sources, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_options_of_a_method_and_fields_of_the_config(sources, tmp_path):
+    flags = ["--to", "mixtral", "--method", "drop", "--set", "drop_ratio=0.25", "--set", "router_aux_loss_coef=0.5"]
+    result = run(sources[0], *flags, "-o", tmp_path / "out")
+    assert result.exit_code == 0 and "every expert has lost 25% of its neurons" in result.output, result.output
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["router_aux_loss_coef"] == 0.5
+    for wrong, message in (
+        ("drop_ratio", "must be NAME=VALUE"),
+        ("nothing=1", "config overrides ['nothing'] are unknown"),
+    ):
+        result = run(sources[0], "--to", "mixtral", "--set", wrong, "-o", tmp_path / "again")
+        assert message in str(result.exception)
+
+
 def test_layers_that_stay_dense(sources, tmp_path):
     assert run(sources[0], "--to", "hf_moe", "--layers", "last-half", "-o", tmp_path / "out").exit_code == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())

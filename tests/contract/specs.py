@@ -130,6 +130,7 @@ AMF = {  # Hunyuan-TurboS: attention, Mamba-2, feed-forward, each with a residua
     "mf": block(MIXERS["mamba2"], moe()),
 }
 LOCAL_ROPE = {"rope_type": "default", "rope_theta": 100.0}
+CAPPED = {**ATTENTION, "logit_softcapping": 1.0}
 VARIANTS = {  # options, and stacks of different blocks
     "dense": {"b": block(ATTENTION, {"type": "mlp", "intermediate_size": 48})},
     "qk_norm-biases": {"b": block({**ATTENTION, "qk_norm": True, "qkv_bias": True, "output_bias": True}, moe())},
@@ -139,13 +140,9 @@ VARIANTS = {  # options, and stacks of different blocks
         "b": block({**ATTENTION, "rotary": False}, moe()),
     },
     "post_norm": {"b": block({**ATTENTION, "qk_norm": "full"}, moe(), "post_norm")},  # OLMo 2
-    "hybrid-sandwich-own_rope": {  # Gemma 3
-        "a": block({**ATTENTION, "qk_norm": True, "sliding": True, "rope_parameters": LOCAL_ROPE}, moe(), "sandwich"),
-        "b": block({**ATTENTION, "qk_norm": True}, MLP, "sandwich"),
-    },
-    "hybrid-soft_capped": {  # Gemma 2; the cap is small enough to matter
-        "a": block({**ATTENTION, "sliding": True, "logit_softcapping": 1.0}, MLP, "sandwich"),
-        "b": block({**ATTENTION, "logit_softcapping": 1.0}, moe(), "sandwich"),
+    "hybrid-sandwich": {  # Gemma 2 and 3 in one; the cap is low enough to matter
+        "a": block({**CAPPED, "qk_norm": True, "sliding": True, "rope_parameters": LOCAL_ROPE}, moe(), "sandwich"),
+        "b": block(CAPPED, MLP, "sandwich"),
     },
     "partial_rotary": {"b": block({**ATTENTION, "partial_rotary_factor": 0.5}, moe())},
     "hybrid-diff_qkv-latent": {

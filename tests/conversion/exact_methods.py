@@ -24,6 +24,26 @@ EXACT_METHODS: dict[str, Exact] = {
     "copy, one chosen, zero router": Exact(
         {"num_experts": 4, "top_k": 1, "normalize": False, "router_init": "zero"}, not_targets=NORMALIZED
     ),
+    "virtual_group": Exact(
+        {"method": "virtual_group", "num_experts": 6, "granularity": 2, "top_k": 4},
+        not_targets=(
+            "qwen2_moe",
+            "deepseek_v3",
+            "mole",
+        ),  # two must share an expert, one has too narrow a latent space
+    ),
+    "split, all active, zero router": Exact(
+        {"method": "split", "split_by": "kmeans", "num_experts": 5, "top_k": 5, "router_init": "zero"},
+        targets=("mixtral", "qwen3_moe", "olmoe", "hf_moe"),
+    ),
+    "granular": Exact(
+        {"method": "granular", "granularity": 2, "num_experts": 6, "top_k": 2},
+        targets=("mixtral", "qwen3_moe", "olmoe", "hf_moe"),
+    ),
+    "granular, one shard shared": Exact(
+        {"method": "granular", "granularity": 2, "shared_experts": 1, "num_experts": 4, "top_k": 2},
+        targets=("hf_moe", "qwen2_moe", "deepseek_v3"),
+    ),
 }
 
 

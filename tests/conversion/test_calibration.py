@@ -5,18 +5,21 @@ import json
 import pytest
 import torch
 from dense_models import SIZES, dense_model, dense_models, logits, save_tokenizer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import hf_moe
 from hf_moe.conversion import Options, plan_upcycling, upcycle
 from hf_moe.conversion.calibration import find
+from hf_moe.conversion.engine import convert
 from hf_moe.conversion.hearing import listen
 from hf_moe.conversion.kmeans import k_means
 from hf_moe.conversion.router_init import contrast, router_finding, scaled_to
 from hf_moe.conversion.sources import open_source
 from hf_moe.conversion.texts import Batch, examples, make_batches, read_data
+from hf_moe.training.warm_up import warm_up_folder
 
-FAMILIES = ["llama", "mistral", "qwen2", "hf_moe", "parallel"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma2", "gemma3_text", "hf_moe", "parallel"]
 
 
 def documents(low, high, count=6, seed=0):
@@ -315,3 +318,25 @@ def test_texts_that_tell_nothing_are_refused():
         upcycle(dense_model("llama"), **MIXTRAL, router_init="hidden", data=same)
     with pytest.raises(ValueError, match="needs 3 tokens, one per cluster; data has 2"):
         upcycle(dense_model("llama"), **MIXTRAL, router_init="kmeans", data=[[3, 4]])
+
+
+def test_from_texts_to_warmed_up_routers_on_disk(tmp_path):
+    """The whole way: calibrated rows in the files, then trained in place before the folder gets its name."""
+    dense_model("llama").save_pretrained(tmp_path / "model")
+    options = Options(target="mixtral", num_experts=3, router_init="hidden", data=groups())
+    plan = plan_upcycling(tmp_path / "model", options)
+    findings = find(plan)
+    written = upcycle(tmp_path / "model", **MIXTRAL, router_init="hidden", data=groups(), output=tmp_path / "plain")
+    name = "model.layers.1.block_sparse_moe.gate.weight"
+    torch.testing.assert_close(load_file(written.folder / "model.safetensors")[name], findings[router_finding(1)])
+    rows, results = examples(make_batches(plan.sources[0], options.data)), []
+
+    def finish(partial, written):
+        results.append(warm_up_folder(partial, rows, steps=2, learning_rate=1e-2))
+
+    warm = convert(plan, tmp_path / "warm", findings=findings, finish=finish)
+    old, new = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "warm"))
+    assert {key for key in old if not torch.equal(old[key], new[key])} == {key for key in old if ".gate." in key}
+    assert warm.shards == results[0]["shards"] != written.shards
+    mixture = AutoModelForCausalLM.from_pretrained(warm.folder)
+    torch.testing.assert_close(logits(mixture), logits(dense_model("llama")), atol=1e-5, rtol=0)

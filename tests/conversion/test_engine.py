@@ -92,6 +92,7 @@ def test_the_library_reads_what_we_write(tmp_path_factory, shapes):
     with ShardWriter(path, shapes) as shard:
         for name, tensor in tensors.items():
             shard.add(name, tensor)
+    shard.close()
     found = load_file(path)
     assert shard.sha256 == sha256_of(path) and found.keys() == tensors.keys()
     assert all(
@@ -139,6 +140,7 @@ def big_source(folder, layers, width, vocabulary=1000):
         with ShardWriter(folder / file, {name: shapes[name] for name in names}) as shard:
             for name in names:
                 shard.add(name, torch.full(shapes[name][0], 0.01, dtype=torch.bfloat16))
+        shard.close()
     return sum(len(names) for names in shards)
 
 

@@ -66,6 +66,8 @@ SOURCES = {
     "youtu": ("youtu", {}),
     "youtu with biases": ("youtu", FLAT_LATENT),
     "deepseek_v3, scaled rope": ("deepseek_v3", {"rope_parameters": YARN}),
+    "gemma2": ("gemma2", {}),
+    "gemma3_text": ("gemma3_text", {}),
     "hf_moe": ("hf_moe", {"mixer": {"qk_norm": True, "qkv_bias": True}}),
     "hf_moe, olmoe's layout": ("hf_moe", {"mixer": {"qk_norm": "full"}}),
     "hf_moe without positions": ("hf_moe", {"mixer": {"rotary": False, "output_bias": True}}),

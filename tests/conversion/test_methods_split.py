@@ -58,9 +58,7 @@ def test_kmeans_finds_planted_clusters_and_beats_other_cuts():
     labels = torch.arange(4).repeat(10)
     points = centres[labels] + 0.1 * torch.randn(40, 8, generator=generator(2))
     found = balanced_kmeans(points, 4, generator())
-    assert sorted(set(labels[part].tolist()) for part in found) == [{0}, {1}, {2}, {3}] or all(
-        len(set(labels[part].tolist())) == 1 for part in found
-    )
+    assert all(len(set(labels[part].tolist())) == 1 for part in found)
     noise = torch.randn(60, 8, generator=generator(3))
     best = spread(noise, balanced_kmeans(noise, 5, generator()))
     assert best < 0.9 * min(spread(noise, torch.arange(60).view(5, 12)), spread(noise, torch.randperm(60).view(5, 12)))
@@ -105,7 +103,7 @@ def test_coactivation_and_importance_against_autograd():
         for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
             ids, hidden = row[: int(mask.sum())][None], []
             handles = [
-                layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+                layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, hidden=hidden: hidden.append(args[0]))
                 for layer in model.model.layers
             ]
             chances = model(ids).logits.log_softmax(-1)
@@ -159,7 +157,7 @@ def test_importance_gives_each_expert_the_neurons_of_its_texts():
 
 
 def test_a_few_parts_are_no_dense_model():
-    model = dense_model("llama")
+    model = dense_model("llama", intermediate_size=64)
     plan = plan_upcycling(model, Options(**{**SPLIT, "num_experts": 4}))
     assert plan.guarantee.exactness == "needs training" and plan.layout.top_k == 2
     assert (logits(execute(plan)) - logits(model)).abs().max() > 0.1

@@ -10,6 +10,7 @@ from typing import ClassVar
 from ..dense import Dense
 from ..neurons import FeedForward, contiguous_parts
 from ..options import Options
+from ..recipes import Scale
 from ..targets import Layout, Target
 from .base import DEFAULT_NUM_COPIES, Exactness, Guarantee, Ingredients, Method, common_layout
 
@@ -23,11 +24,15 @@ class VirtualGroup(Method):
     With normalised gates a replica's shards have 1 / G of its weight each, so the down projections are multiplied by
     G: exact for any k that is a multiple of G. The released code multiplies all three matrices by the cube root
     instead, which is exact for squared ReLU but not for SwiGLU (specs: conversion, section 0).
+
+    Args:
+        megatron_scaling: multiply the gate, up and down projections by the cube root of G, as the released code does.
     """
 
     name: ClassVar[str] = "virtual_group"
     summary: ClassVar[str] = "one dense model; copies cut into shards that are chosen together"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.07524"
+    megatron_scaling: bool = False
 
     def layout(self, options: Options, dense: Dense, num_sources: int, target: Target) -> Layout:
         shards = options.granularity or DEFAULT_GRANULARITY
@@ -57,10 +62,16 @@ class VirtualGroup(Method):
     def experts(self, ingredients: Ingredients, layer: int) -> list[FeedForward]:
         layout = ingredients.layout
         parts = contiguous_parts(layout.tied * layout.expert_width, layout.tied)
-        dense = ingredients.feed_forward(0, layer).scaled(layout.tied / layout.gate_mass)
+        dense, factor = ingredients.feed_forward(0, layer), layout.tied / layout.gate_mass
+        if self.megatron_scaling:
+            dense = FeedForward(*(Scale(matrix, factor ** (1 / 3)) for matrix in dense))
+        else:
+            dense = dense.scaled(factor)
         return [dense.take(part) for part in parts] * (layout.num_experts // layout.tied)
 
     def guarantee(self, layout: Layout, options: Options, target: Target) -> Guarantee:
+        if self.megatron_scaling:
+            return Guarantee(Exactness.APPROXIMATE, "SwiGLU is not homogeneous: scaling its gate changes its shape")
         return Guarantee(
             Exactness.EXACT, "all shards of a replica are chosen together, and their sum is the dense feed-forward"
         )

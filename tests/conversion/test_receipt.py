@@ -1,0 +1,78 @@
+"""The receipt: true figures, no private paths, and a changed byte is found."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from dense_models import dense_model, dense_models
+from transformers import AutoModelForCausalLM
+
+from hf_moe.conversion import Options, convert, plan_upcycling
+from hf_moe.conversion.receipt import RECEIPT, certify, changed_files, read_receipt
+from hf_moe.conversion.sources import open_source
+from hf_moe.conversion.verification import probe
+
+
+def make(tmp_path, models, target, spoil=None, **options):
+    for number, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(number))
+    folders = [tmp_path / str(number) for number in range(len(models))]
+    plan = plan_upcycling(folders, Options(target=target, **options))
+
+    def finish(folder, written):
+        if spoil:
+            spoil(folder)
+        certify(plan, folder, written)
+
+    convert(plan, tmp_path / "out", finish=finish, max_shard_size="30KB")
+    return read_receipt(tmp_path / "out")
+
+
+def test_an_exact_conversion(tmp_path):
+    receipt = make(tmp_path, [dense_model("llama")], "mixtral", num_experts=3)
+    exactness = receipt["exactness"]
+    assert exactness["level"] == exactness["promised"] == "exact"
+    assert exactness["measured"][0]["max_logit_difference"] <= 1e-5 and exactness["measured"][0]["agreement"] == 1
+    assert str(tmp_path) not in (tmp_path / "out" / RECEIPT).read_text()
+    assert receipt["sources"][0]["folder"] == "0" and receipt["sources"][0]["shards"]
+    assert changed_files(tmp_path / "out") == []
+
+
+def test_the_figures_of_an_average_in_float64(tmp_path):
+    receipt = make(tmp_path, dense_models("llama", 2), "mixtral")
+    assert receipt["exactness"]["level"] == receipt["exactness"]["promised"] != "exact"
+    ids = probe(open_source(tmp_path / "0", 0))
+    load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float64)
+    with torch.no_grad():
+        ours = load(tmp_path / "out")(ids, use_cache=False).logits
+        for number, found in enumerate(receipt["exactness"]["measured"]):
+            theirs = load(tmp_path / str(number))(ids, use_cache=False).logits
+            p, q = theirs.softmax(-1), ours.softmax(-1)
+            assert found["max_logit_difference"] == pytest.approx((ours - theirs).abs().max().item(), rel=1e-3)
+            assert found["mean_logit_difference"] == pytest.approx((ours - theirs).abs().mean().item(), rel=1e-3)
+            assert found["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-3)
+
+
+def test_a_promise_that_the_weights_break_is_taken_back(tmp_path):
+    def spoil(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.model.layers[0].self_attn.q_proj.weight.data *= 1.5
+        for file in folder.glob("model*"):
+            file.unlink()
+        model.save_pretrained(folder, max_shard_size="30KB")
+
+    receipt = make(tmp_path, [dense_model("llama")], "mixtral", spoil, num_experts=2)
+    assert receipt["exactness"]["promised"] == "exact" and receipt["exactness"]["level"] == "approximate"
+
+
+def test_one_changed_byte_is_found(tmp_path):
+    receipt = make(tmp_path, [dense_model("llama")], "mixtral", num_experts=2)
+    victim = sorted(receipt["shards"])[1]
+    content = bytearray((tmp_path / "out" / victim).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "out" / victim).write_bytes(content)
+    assert changed_files(tmp_path / "out") == [f"{victim}: its SHA-256 is not that of the receipt"]
+    (tmp_path / "out" / RECEIPT).write_text(json.dumps({"format": 0}))
+    with pytest.raises(ValueError, match="no receipt of format 1"):
+        read_receipt(tmp_path / "out")
