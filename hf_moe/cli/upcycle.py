@@ -1,5 +1,6 @@
 """`hf-moe upcycle`: dense checkpoints into a mixture of experts."""
 
+from shutil import copyfile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -71,6 +72,16 @@ def upcycle(
         bool, typer.Option("--overwrite", help="Replace a model in the output folder, or what a killed run left.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare the result with its sources (both are loaded whole).")
+    ] = False,
+    router_steps: Annotated[
+        int, typer.Option(help="Train the routers alone for so many steps on --data before the output appears.")
+    ] = 0,
+    router_learning_rate: Annotated[float, typer.Option(help="Of that training.")] = 1e-3,
+    report: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Also write the receipt, conversion.json, to this file.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")
     ] = False,
@@ -95,7 +106,7 @@ def upcycle(
     """
     from rich.console import Console
 
-    from ..conversion import check_output, convert, find, make_options, plan_upcycling
+    from ..conversion import check_output, make_options, plan_upcycling, read_receipt, run
 
     check_output(output, overwrite, sources)
     more = read_assignments(assignments or [])
@@ -124,14 +135,19 @@ def upcycle(
     if dry_run:
         console.print_json(plan.config.to_json_string(), indent=2)
         return
-    findings = find(plan)
-    written = convert(
-        plan, output, findings=findings, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume
-    )
+    place = {"max_shard_size": max_shard_size, "overwrite": overwrite, "resume": resume}
+    written = run(plan, output, not no_verify, (router_steps, router_learning_rate), **place)
     name = f"{plan.target.model_class.__name__} ({plan.main_dtype})"
     size = f"{written.bytes / 1e9:.2f} GB in {written.seconds:.0f} s"
     console.print(f"Saved {name} to {written.folder}: {size}", markup=False, soft_wrap=True)
-    exact = plan.guarantee.exactness == "exact"
+    exactness = read_receipt(written.folder)["exactness"]
+    for source, found in zip(plan.sources, exactness["measured"], strict=True):
+        if found:
+            figures = f"largest difference of logits {found['max_logit_difference']:.1e}, KL {found['kl']:.1e} nats"
+            console.print(f"Against {source.label}: {figures}", markup=False, soft_wrap=True)
+    if report is not None:
+        copyfile(written.folder / "conversion.json", report)
+    exact = exactness["level"] == "exact"
     console.print(EXACT_NOTE if exact else TRAINING_NOTE, style=None if exact else "yellow", soft_wrap=True)
 
 

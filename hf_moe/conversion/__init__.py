@@ -6,5 +6,6 @@ from .methods import METHODS
 from .options import Options
 from .output import atomic_directory, check_output, save_upcycled
 from .planning import Plan, count_parameters, plan_upcycling
+from .receipt import changed_files, read_receipt
 from .targets import TARGETS
-from .upcycling import execute, make_options, upcycle
+from .upcycling import execute, make_options, run, upcycle

@@ -168,7 +168,8 @@ def read_headers(folder: Path, label: str) -> dict[str, TensorFacts]:
                 slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
                 headers = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{label}: cannot read its weights: {file}: {first_line(error)}") from error
+            reason = f"{first_line(error)}{cut_off(folder / file)}"
+            raise ValueError(f"{label}: cannot read its weights: {file}: {reason}") from error
         for name, (shape, kind) in headers.items():
             if UNUSED.search(name) or (index and index.get(name) != file):
                 continue
@@ -183,6 +184,19 @@ def read_headers(folder: Path, label: str) -> dict[str, TensorFacts]:
     if lost := sorted(name for name in index.keys() - facts.keys() if not UNUSED.search(name)):
         raise ValueError(f"{label}: {lost[0]!r} is not in {index[lost[0]]}, where {INDEX} says it is")
     return facts
+
+
+def cut_off(path: Path) -> str:
+    """Where a file ends too early, for an error about it; empty if its header does not tell."""
+    try:
+        with path.open("rb") as file:
+            length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+            header = json.loads(file.read(min(length, size)))
+        ends = {entry["data_offsets"][1]: name for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # the header is damaged too
+        return ""
+    lost = sorted(end for end in ends if end > size - 8 - length)
+    return f"; the file ends in {ends[lost[0]]!r}: fetch it again" if lost else ""
 
 
 def weight_files(folder: Path, label: str) -> tuple[list[str], dict[str, str]]:

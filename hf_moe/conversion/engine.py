@@ -94,7 +94,7 @@ def convert(
         if finish is not None:
             finish(work.folder, written)
             changed = [name for name, facts in work.finished.items() if work.facts(name, facts) != facts]
-            shards |= {name: sha256_of(work.folder / name) for name in changed}
+            shards = shards | {name: sha256_of(work.folder / name) for name in changed}
     return replace(written, seconds=time.monotonic() - started, shards=shards, peak_rss=peak_rss())
 
 

@@ -53,6 +53,8 @@ def check_output(path: str | Path, overwrite: bool = False, sources: Sequence[st
     output = Path(path).expanduser().resolve()
     if output.exists() and not output.is_dir():
         raise ValueError(f"{path} is a file; the output must be a folder")
+    if output.is_mount():  # nothing can be renamed to its name
+        raise ValueError(f"{path} is where a disk is mounted; choose a folder inside it")
     if not output.is_dir() or not any(output.iterdir()):
         return output
     if not holds_model(output):

@@ -19,8 +19,10 @@ from .recipes import Kitchen, Recipe
 from .rounding import after_rounding
 from .sources import Source, open_sources
 from .targets import TARGETS, Layout, Target
+from .tensor_files import num_bytes
 
 SourceLike = str | Path | PreTrainedModel
+INTERPRETER = 450_000_000  # bytes of a process that has imported torch, Transformers and us
 EXPERT = re.compile(r"experts\.\d+\.")
 
 
@@ -86,7 +88,23 @@ class Plan:
     @cached_property
     def bytes(self) -> int:
         """Size of the result."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.shapes.values())
+        return sum(num_bytes(*shape) for shape in self.shapes.values())
+
+    @cached_property
+    def peak_memory(self) -> int:
+        """About how many bytes `convert` holds at most, whatever the size of the model; models in memory come on top.
+
+        That is the interpreter, the largest recipe's result with what it reads, and the result before it, which is
+        still being hashed.
+        """
+        facts = [checkpoint.facts for checkpoint in self.checkpoints]
+        most, last = 0, 0
+        for name, recipe in self.recipes.items():
+            read = [facts[tensor.source][tensor.name] for tensor in set(recipe.inputs())]
+            size = num_bytes(*self.shapes[name])
+            most = max(most, last + size + sum(num_bytes(tensor.shape, tensor.dtype) for tensor in read))
+            last = size
+        return INTERPRETER + most
 
     def num_parameters(self) -> tuple[int, int]:
         """Total and active parameters; active leaves out the experts that a token does not visit."""

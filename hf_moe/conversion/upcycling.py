@@ -1,5 +1,7 @@
 """Upcycling: dense models in, a mixture of experts out. Check everything, plan, then run the plan."""
 
+import os
+import warnings
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .calibration import find
-from .engine import DEFAULT_SHARD_SIZE, convert
+from .engine import DEFAULT_SHARD_SIZE, Written, convert
 from .methods import METHODS
 from .options import Options
 from .output import check_output
 from .planning import Plan, SourceLike, plan_upcycling
+from .receipt import certify
+from .texts import examples, make_batches
 
 
 def upcycle(
@@ -24,6 +28,9 @@ def upcycle(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     resume: bool = False,
+    verify: bool = True,
+    router_steps: int = 0,
+    router_learning_rate: float = 1e-3,
     method: str | None = None,
     num_experts: int | None = None,
     top_k: int | None = None,
@@ -49,6 +56,10 @@ def upcycle(
         max_shard_size: of one file of the output.
         overwrite: replace a model that is in the output folder.
         resume: go on where a killed run with the same arguments stopped.
+        verify: compare the written result with its sources and put the figures into the receipt; they are loaded whole
+            for that, one after the other, and left out where memory is too small.
+        router_steps: with `output` and `data`: train the routers alone for so many steps before the output appears.
+        router_learning_rate: of that training.
         method: a key of `METHODS`. Defaults to `bam` for that target, else `copy` for one source, `btx` for more.
         num_experts: routed experts per layer; the number of sources for `bam` and `btx`, else 8 unless given.
         top_k: feed-forward experts per token. Defaults to 1 for `bam` and 2 otherwise, as in the papers.
@@ -90,9 +101,48 @@ def upcycle(
     plan = plan_upcycling(sources, options)
     if output is None:
         return execute(plan, find(plan))
-    check_output(output, overwrite, [source.folder for source in plan.sources if source.folder is not None])
+    steps = (router_steps, router_learning_rate)
+    return run(plan, output, verify, steps, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
+
+
+def run(
+    plan: Plan, output: str | Path, verify: bool = True, router_steps: tuple[int, float] = (0, 1e-3), **place: Any
+) -> Written:
+    """Run a plan on disk: calibrate, convert, warm the routers up, write the receipt.
+
+    Args:
+        plan: what to make.
+        output: the folder.
+        verify: measure how far the result is from its sources.
+        router_steps: steps and learning rate of the routers' warm-up.
+        place: `max_shard_size`, `overwrite`, `resume`, as in `convert`.
+    """
+    steps, learning_rate = router_steps
+    if steps < 0 or (steps and plan.options.data is None):
+        raise ValueError(f"router_steps={steps} must not be negative, and needs data to train on")
+    check_output(output, place.get("overwrite", False), [s.folder for s in plan.sources if s.folder is not None])
     findings = find(plan)
-    return convert(plan, output, findings=findings, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
+
+    def finish(folder: Path, written: Written) -> None:
+        if steps:
+            from ..training import warm_up_folder  # brings Trainer, which nobody else here needs
+
+            rows = examples(make_batches(plan.sources[0], plan.options.data))
+            trained = warm_up_folder(folder, rows, steps, learning_rate=learning_rate, seed=plan.options.seed)
+            written.shards.update(trained["shards"])
+        certify(plan, folder, written, verify and fits(plan))
+
+    return convert(plan, output, findings=findings, finish=finish, **place)
+
+
+def fits(plan: Plan) -> bool:
+    """Whether the result can be loaded in float32 to be compared; otherwise nothing is measured, with a warning."""
+    needed = 4 * plan.num_parameters()[0]
+    if needed <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
+        return True
+    message = f"the result needs {needed / 1e9:.0f} GB in float32 and is not compared with its sources"
+    warnings.warn(message, UserWarning, stacklevel=4)
+    return False
 
 
 def make_options(*, more: dict[str, Any], **common: Any) -> Options:

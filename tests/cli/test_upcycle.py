@@ -101,6 +101,22 @@ def test_options_of_a_method_and_fields_of_the_config(sources, tmp_path):
         assert message in str(result.exception)
 
 
+def test_the_receipt_and_a_warm_up_of_the_routers(sources, tmp_path):
+    flags = ["--to", "mixtral", "--num-experts", 4, "--report", tmp_path / "report.json", "-o", tmp_path / "out"]
+    result = run(sources[0], *flags)
+    assert result.exit_code == 0 and "Against" in result.output and "largest difference of logits" in result.output
+    receipt = json.loads((tmp_path / "report.json").read_text())
+    assert receipt == json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert (
+        receipt["exactness"]["level"] == "exact" and receipt["exactness"]["measured"][0]["max_logit_difference"] < 1e-5
+    )
+    result = run(sources[0], "--to", "mixtral", "--router-steps", 2, "-o", tmp_path / "warm")
+    assert "router_steps=2 must not be negative, and needs data to train on" in str(result.exception)
+    result = run(sources[0], "--to", "mixtral", "--no-verify", "-o", tmp_path / "quick")
+    assert "Against" not in result.output
+    assert json.loads((tmp_path / "quick" / "conversion.json").read_text())["exactness"]["measured"] == [None]
+
+
 def test_layers_that_stay_dense(sources, tmp_path):
     assert run(sources[0], "--to", "hf_moe", "--layers", "last-half", "-o", tmp_path / "out").exit_code == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())

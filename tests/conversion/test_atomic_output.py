@@ -108,6 +108,8 @@ def test_places_that_must_not_be_replaced(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         check_output(tmp_path / "file")
+    with pytest.raises(ValueError, match="/ is where a disk is mounted; choose a folder inside it"):
+        check_output("/")
 
 
 def test_a_link_is_followed(tmp_path):

@@ -7,9 +7,9 @@ import sys
 import hypothesis.strategies as st
 import pytest
 import torch
-from dense_models import dense_model, dense_models, logits
+from dense_models import dense_model, dense_models, logits, save_tokenizer
 from hypothesis import given, settings
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_moe.conversion import Options, convert, execute, plan_upcycling, save_upcycled, upcycle
@@ -75,6 +75,67 @@ def test_every_tensor_keeps_its_type(tmp_path):
     assert {tensor.dtype for tensor in tensors_in(tmp_path / "half").values()} == {torch.float16}
 
 
+def test_every_tensor_begins_at_a_multiple_of_its_entries(tmp_path):
+    """Readers that map files without copying need it."""
+    shapes = {"odd": ((3,), torch.bfloat16), "wide": ((2,), torch.float32), "odder": ((5,), torch.float16)}
+    [names] = split_into_shards(shapes, 10_000)
+    with ShardWriter(tmp_path / "x", {name: shapes[name] for name in names}) as shard:
+        for name in names:
+            shard.add(name, torch.zeros(shapes[name][0], dtype=shapes[name][1]))
+    shard.close()
+    data = (tmp_path / "x").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"} and header.keys() == shapes.keys()
+    for name, entry in header.items():
+        assert entry["data_offsets"][0] % shapes[name][1].itemsize == 0
+
+
+def test_what_comes_along_and_what_finish_adds(tmp_path):
+    source, seen = tmp_path / "source", []
+    model = dense_model("llama")
+    model.generation_config.max_new_tokens = 17
+    model.save_pretrained(source)
+    save_tokenizer(source, ["one", "two"])
+    (source / "LICENSE").write_text("yours")
+    (source / "private-notes.txt").write_text("mine")
+
+    def finish(folder, written):
+        seen.append(written)
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, folder / "model.safetensors")
+        (folder / "conversion.json").write_text("{}")
+
+    plan = plan_upcycling(source, Options(target="mixtral", num_experts=2))
+    written = convert(plan, tmp_path / "out", finish=finish)
+    file = tmp_path / "out" / "model.safetensors"
+    assert written.shards == {file.name: sha256_of(file)} != seen[0].shards
+    assert written.sources == [{file.name: sha256_of(source / file.name)}] and written.peak_rss > 1e8
+    assert torch.equal(load_file(file)["model.norm.weight"], model.model.norm.weight + 1)
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert (
+        found >= {"LICENSE", "conversion.json", "tokenizer.json", "config.json"} and "private-notes.txt" not in found
+    )
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.max_new_tokens == 17
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "active"),
+    [
+        ("llama", {"target": "mixtral", "num_experts": 4, "top_k": 1, "normalize": True}, 1 / 4),
+        ("qwen3", {"target": "qwen3_moe", "num_experts": 4, "top_k": 2, "layers": [1]}, 2 / 4),
+    ],
+)
+def test_parameters_are_counted_without_a_model(family, options, active):
+    source = dense_model(family)
+    plan = plan_upcycling(source, Options(**options))
+    mixture = execute(plan)
+    feed_forward = sum(p.numel() for p in source.model.layers[1].mlp.parameters())
+    routed = len(plan.layout.layers) * 4 * feed_forward
+    total = sum(p.numel() for p in mixture.parameters())
+    assert plan.num_parameters() == (total, total - routed + round(routed * active)) and plan.bytes == 4 * total
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.dictionaries(
@@ -112,7 +173,8 @@ def test_shards_are_as_large_as_allowed(sizes, limit):
 MEMORY = """
 import sys
 from hf_moe.conversion import upcycle
-print(upcycle(sys.argv[1], "mixtral", num_experts=8, output=sys.argv[2], max_shard_size=sys.argv[3]).peak_rss)
+source, output, size = sys.argv[1:]
+print(upcycle(source, "mixtral", num_experts=8, output=output, verify=False, max_shard_size=size).peak_rss)
 """
 
 
@@ -149,13 +211,14 @@ def check_memory(tmp_path, layers, width, shard_bytes):
     arguments = [str(tmp_path / "source"), str(tmp_path / "out"), str(shard_bytes)]
     result = subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    told = plan_upcycling(tmp_path / "source", Options(target="mixtral", num_experts=8)).peak_memory
     peak, bound = int(result.stdout), 1.5 * shard_bytes + 600e6
     assert peak <= bound, f"{peak / 1e6:.0f} MB of at most {bound / 1e6:.0f} MB"
-    return peak
+    assert 0.6 * told < peak < 1.2 * told, f"{peak / 1e6:.0f} MB, the plan said {told / 1e6:.0f} MB"
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    check_memory(tmp_path, layers=12, width=768, shard_bytes=50_000_000)  # 0.2 GB -> 1.1 GB
+    check_memory(tmp_path, layers=8, width=768, shard_bytes=50_000_000)  # 0.15 GB -> 0.75 GB
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -13,12 +15,18 @@ from dense_models import dense_model, dense_models
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from hf_moe.conversion import Options, convert, plan_upcycling, upcycle
+from hf_moe.conversion import Options, convert, make_options, plan_upcycling
 from hf_moe.conversion import engine as engine_module
 from hf_moe.conversion.tensor_files import ShardWriter, sha256_of
 from hf_moe.conversion.workplace import LOCK
 
 INDEX = "model.safetensors.index.json"
+
+
+def upcycle(sources, target, output, max_shard_size="5GB", overwrite=False, resume=False, **options):
+    """The engine alone, without a receipt."""
+    plan = plan_upcycling(sources, make_options(target=target, more={}, **options))
+    convert(plan, output, max_shard_size=max_shard_size, overwrite=overwrite, resume=resume)
 
 
 @pytest.fixture
@@ -37,42 +45,39 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def convert_slowly(source, output, resume=False):
+def convert_slowly(plan, output):
     """In a forked process: every tensor takes a moment, so that a kill falls somewhere in between."""
-    torch.set_num_threads(1)
     add = ShardWriter.add
 
     def slow_add(self, name, tensor):
-        time.sleep(0.002)
+        time.sleep(0.001)
         add(self, name, tensor)
 
     ShardWriter.add = slow_add
-    convert(plan_upcycling(source, Options(target="mixtral")), output, max_shard_size="30KB", resume=resume)
+    convert(plan, output, max_shard_size="30KB")
 
 
 def test_killed_at_twenty_moments(source, tmp_path):
     """Either there is no output, or a complete one; a resumed run gives the same bits as one that was never killed."""
-    before = digests(source)
-    upcycle(source, "mixtral", output=tmp_path / "whole", max_shard_size="30KB")
+    before, plan = digests(source), plan_upcycling(source, Options(target="mixtral"))
+    convert(plan, tmp_path / "whole", max_shard_size="30KB")
     whole = digests(tmp_path / "whole")
-    context, dice, interrupted = multiprocessing.get_context("fork"), random.Random(0), 0
+    context, dice, kept = multiprocessing.get_context("fork"), random.Random(0), 0
     for number in range(20):
-        output = tmp_path / "out" / str(number)
-        child = context.Process(target=convert_slowly, args=(source, output))
+        output = tmp_path / str(number) / "out"
+        child = context.Process(target=convert_slowly, args=(plan, output))
         child.start()
-        time.sleep(dice.uniform(0.01, 0.35))
+        time.sleep(dice.uniform(0.01, 0.2))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         assert digests(source) == before
         if output.exists():
             assert digests(output) == whole
             continue
-        interrupted += 1
-        upcycle(source, "mixtral", output=output, max_shard_size="30KB", resume=True)
-        assert digests(output) == whole and names(output.parent) == [
-            str(n) for n in sorted(range(number + 1), key=str)
-        ]
-    assert interrupted > 5
+        kept += any(output.parent.glob(".out.partial/model/*.safetensors"))
+        convert(plan, output, max_shard_size="30KB", resume=True)
+        assert digests(output) == whole and names(output.parent) == ["out"]
+    assert kept > 5
 
 
 def killed(source, output, monkeypatch, after):
@@ -120,16 +125,75 @@ def test_a_run_that_fails_before_its_first_file_leaves_nothing(source, tmp_path,
     assert names(tmp_path) == ["source"]
 
 
+def test_a_file_that_changed_since_is_written_again(source, tmp_path, monkeypatch):
+    upcycle(source, "mixtral", output=tmp_path / "whole", max_shard_size="30KB")
+    output, folder = tmp_path / "out", tmp_path / ".out.partial" / "model"
+    killed(source, output, monkeypatch, after=3)
+    first, second, _ = sorted(folder.glob("*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-10])
+    second.unlink()
+    upcycle(source, "mixtral", output=output, max_shard_size="30KB", resume=True)
+    assert digests(output) == digests(tmp_path / "whole")
+
+
+def test_another_model_in_memory_is_another_run(tmp_path, monkeypatch):
+    """Their weights cannot be told apart by name, size and time, as files can."""
+    model, output = dense_model("llama"), tmp_path / "out"
+    killed(model, output, monkeypatch, after=2)
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1
+    with pytest.raises(ValueError, match="another one"):
+        upcycle(model, "mixtral", output=output, max_shard_size="30KB", resume=True)
+    with torch.no_grad():
+        model.model.norm.weight[3] -= 1
+    model.load_state_dict(dense_model("llama").state_dict())
+    upcycle(model, "mixtral", output=output, max_shard_size="30KB", resume=True)
+
+
+def test_a_failing_finish_loses_no_work(source, tmp_path, monkeypatch):
+    plan, output = plan_upcycling(source, Options(target="mixtral")), tmp_path / "out"
+
+    def fail(folder, written):
+        assert written.shards == {file.name: sha256_of(file) for file in folder.glob("*.safetensors")}
+        raise RuntimeError("the logits differ")
+
+    with pytest.raises(RuntimeError, match="the logits differ"):
+        convert(plan, output, max_shard_size="30KB", finish=fail)
+    assert names(tmp_path) == [".out.partial", "source"]
+    monkeypatch.setattr(ShardWriter, "add", None)  # nothing is left to be written
+    convert(plan, output, max_shard_size="30KB", resume=True)
+    assert names(tmp_path) == ["out", "source"]
+
+
 def test_two_runs_on_one_output(source, tmp_path):
-    partial = tmp_path / ".out.partial"
-    partial.mkdir()
-    (partial / "theirs.new").write_text("work")
-    with (
-        FileLock(partial / LOCK),
-        pytest.raises(ValueError, match="out is being written by another run"),
-    ):
+    place = tmp_path / ".out.partial"
+    (place / "model").mkdir(parents=True)
+    (place / "model" / "theirs.new").write_text("work")
+    with FileLock(place / LOCK), pytest.raises(ValueError, match="out is being written by another run: wait for it"):
         upcycle(source, "mixtral", output=tmp_path / "out")
-    assert (partial / "theirs.new").read_text() == "work"
+    assert (place / "model" / "theirs.new").read_text() == "work"
+    upcycle(source, "mixtral", output=tmp_path / "out")  # that run has died: its lock does not count
+    assert names(tmp_path) == ["out", "source"]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_while_an_old_model_is_replaced(source, tmp_path, moment):
+    """Between the two renames, or before the old model is deleted."""
+    output, place = tmp_path / "out", tmp_path / ".out.partial"
+    upcycle(source, "mixtral", output=output)
+    before = digests(output)
+    place.mkdir()
+    if moment == "before":
+        output.rename(place / "model.replaced")
+        (place / "model").mkdir()
+    else:
+        shutil.copytree(output, place / "model.replaced")
+    if moment == "before":
+        with pytest.raises(ValueError, match="already holds a model; pass --overwrite"):
+            upcycle(source, "mixtral", seed=1, output=output)
+        assert digests(output) == before  # back in its place
+    upcycle(source, "mixtral", seed=1, output=output, overwrite=True)
+    assert digests(output) != before and names(tmp_path) == ["out", "source"]
 
 
 def test_a_disk_without_room_is_refused_before_any_work(source, tmp_path, monkeypatch):
@@ -140,29 +204,56 @@ def test_a_disk_without_room_is_refused_before_any_work(source, tmp_path, monkey
     assert names(tmp_path) == ["source"]
 
 
-def fill_disk(source, output, results):
-    """In a forked process that may write no file above 45 KB: the kernel refuses, as it does on a full disk."""
+def fill_disk(source, output, most, results):
+    """In a forked process that may write no larger file: the kernel refuses, as it does on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (45_000, 45_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     try:
         upcycle(source, "mixtral", output=output, max_shard_size="60KB")
     except ValueError as error:
         os.write(results, str(error).encode())
 
 
-def test_a_disk_that_fills_up(source, tmp_path):
+@pytest.mark.parametrize(("most", "left"), [(45_000, ["source"]), (59_000, [".out.partial", "source"])])
+def test_a_disk_that_fills_up(source, tmp_path, most, left):
+    """In the first file, or in a later one: what is finished then stays."""
     read, write = os.pipe()
-    child = multiprocessing.get_context("fork").Process(target=fill_disk, args=(source, tmp_path / "out", write))
+    arguments = (source, tmp_path / "out", most, write)
+    child = multiprocessing.get_context("fork").Process(target=fill_disk, args=arguments)
     child.start()
     child.join()
     message = os.read(read, 10_000).decode()
     assert "the disk is full" in message and "while writing 'model." in message and ".safetensors" in message, message
-    assert "\n" not in message and names(tmp_path) == ["source"]
+    assert ("pass --resume" in message) == (len(left) == 2) and "\n" not in message and names(tmp_path) == left
+    upcycle(source, "mixtral", output=tmp_path / "out", max_shard_size="60KB", resume=True)
+    assert names(tmp_path) == ["out", "source"]
+
+
+def test_a_file_system_that_fills_up(source, tmp_path, monkeypatch):
+    """A real one, of 200 KB, for whoever may mount it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200K", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    monkeypatch.setattr(engine_module, "check_space", lambda plan, work: None)
+    try:
+        with pytest.raises(ValueError, match=r"the disk is full: .*while writing 'model.*make room and pass --resume"):
+            upcycle(source, "mixtral", output=disk / "out", max_shard_size="60KB")
+        assert names(disk) == [".out.partial"]
+        subprocess.run(["mount", "-o", "remount,size=4M", disk], check=True)
+        upcycle(source, "mixtral", output=disk / "out", max_shard_size="60KB", resume=True)
+        assert names(disk) == ["out"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_truncated_file(source, tmp_path):
     file = sorted(source.glob("*.safetensors"))[1]
     file.write_bytes(file.read_bytes()[:-100])
+    message = rf"source: cannot read its weights: {file.name}: .*; the file ends in 'model\..*': fetch it again$"
+    with pytest.raises(ValueError, match=message):
+        upcycle(source, "mixtral", output=tmp_path / "out")
+    file.write_bytes(b"\xff" * 5000)
     with pytest.raises(ValueError, match=rf"source: cannot read its weights: {file.name}: "):
         upcycle(source, "mixtral", output=tmp_path / "out")
     assert names(tmp_path) == ["source"]
