@@ -37,7 +37,7 @@ LEVELS = [  # inside modeling: a module imports lower levels only
     {"blocks"},
     {"configuration"},
     {"model", "anatomy", "counting"},
-    {"multi_token_prediction", "expert_counts"},
+    {"multi_token_prediction", "expert_counts", "router_calls"},
     {"host"},
 ]
 TABLES = {

@@ -17,4 +17,5 @@ from .model import (
     model_classes,
 )
 from .parts import build, resolve, walk
+from .router_calls import RouterCall, watch_routers, watched_routers
 from .routers import ROUTERS

@@ -1,5 +1,6 @@
 """What Transformers' Trainer needs for our models: callbacks that act once per optimizer step."""
 
-from .balancing import BiasBalancing, CountsAhead, LoadBalancing, count_ahead, empty_loads, update_biases
+from .balancing import BiasBalancing, count_ahead, empty_loads, update_biases
+from .load_balancing import CountsAhead, LoadBalancing
 from .schedules import PoolSchedule, TopKSchedule
 from .warm_up import warm_up_folder, warm_up_routers, write_routers

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from ..modeling import DecoderModel
 from ..modeling.controllers import CONTROLLERS
-from ..modeling.losses import BALANCE_LOSSES
 from ..modeling.routers import Router
 from .native import NativeLoads
 
@@ -80,8 +79,8 @@ class BiasBalancing(TrainerCallback):
     """Balancing without a loss (https://arxiv.org/abs/2408.15664): moves the selection biases after an optimizer step.
 
     The counts are of all micro-batches on all processes, without padding. The biases are fp32 buffers: saved with the
-    model, not seen by the optimizer, restored by `resume_from_checkpoint`. Transformers' own DeepSeek-V3, whose biases
-    nothing else moves, is balanced as well.
+    model, not seen by the optimizer, restored by `resume_from_checkpoint`. Transformers' own models with such biases
+    (DeepSeek-V3, GLM-4.5, ...), which nothing else moves, are balanced as well.
 
     Args:
         rate: u, or a function of the step (from 0) that gives it: DeepSeek-V3 has 0.001, then 0 for the last tokens.
@@ -111,6 +110,9 @@ class BiasBalancing(TrainerCallback):
         biased = [router for router in routers(model) if router.e_score_correction_bias is not None]
         if not any(isinstance(module, DecoderModel) for module in model.modules()):
             self.native = NativeLoads(model)
+            if all(layer.selection_bias is None for layer in self.native.layers):
+                self.on_train_end(args, state, control)
+                raise ValueError(f"No router of {type(model).__name__} has a selection bias.")
         elif not biased:
             raise ValueError("No router of this model has a selection bias; give them selection_bias=True.")
         if self.num_true_experts is not None:
@@ -122,69 +124,24 @@ class BiasBalancing(TrainerCallback):
                 )
         empty_loads(model)
 
+    @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         rate = self.rate(state.global_step) if callable(self.rate) else self.rate
-        update_biases(model, rate, self.controller, state.global_step + 1, self.num_true_experts)
-        for bias, loads in self.native or ():
-            bias += CONTROLLERS[self.controller](loads, rate, step=state.global_step + 1).to(bias.device)
+        step, controller = state.global_step + 1, CONTROLLERS[self.controller]
+        update_biases(model, rate, self.controller, step, self.num_true_experts)
+        for layer, loads in self.native.of_biased() if self.native else ():
+            zero, true_share = layer.num_zero_experts, self.num_true_experts and self.num_true_experts / layer.top_k
+            moves = controller(loads, rate, step=step, num_zero_experts=zero, true_share=true_share)
+            bias = layer.selection_bias
+            assert bias is not None
+            bias += moves.to(bias.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         empty_loads(model)  # after every callback has read them
         if self.native is not None:
-            self.native.loads.clear()
+            self.native.empty()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.native is not None:
             self.native.remove()
             self.native = None
-
-
-class LoadBalancing(TrainerCallback):
-    """Trains with one of the balance losses; `global` reads the loads of the whole optimizer step.
-
-    Args:
-        loss: a name in `modeling.losses.BALANCE_LOSSES`; it becomes the config's `router_balance_loss`.
-
-    Raises:
-        ValueError: unknown loss, or a model of another package.
-    """
-
-    def __init__(self, loss: str = "global") -> None:
-        if loss not in BALANCE_LOSSES:
-            raise ValueError(f"loss={loss!r} is unknown; choose from {sorted(BALANCE_LOSSES)}.")
-        self.loss = loss
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        decoders = [module for module in model.modules() if isinstance(module, DecoderModel)]
-        if not decoders:
-            raise ValueError(f"{type(model).__name__} is not a model of hf_moe: its losses cannot be chosen.")
-        for decoder in decoders:
-            decoder.config.router_balance_loss = self.loss
-        empty_loads(model)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        empty_loads(model)
-
-
-class CountsAhead(Trainer):
-    """Makes the global-batch loss exact under gradient accumulation: `class MyTrainer(CountsAhead, SFTTrainer): ...`.
-
-    The paper's running counts (https://arxiv.org/abs/2501.11873, §3) let an early micro-step see fewer tokens than a
-    late one. Here a forward pass over all micro-batches of the step counts first; its gradient is that of one large
-    batch. Without accumulation nothing is added. `LoadBalancing()` belongs to it.
-    """
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
-        if len(batches) > 1:
-            model = self.model_wrapped
-            assert model is not None
-            model.train()
-            with self.compute_loss_context_manager():
-                count_ahead(model, map(self.inputs_to_count, batches))
-        return batches, num_items
-
-    def inputs_to_count(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What the model has to see of a micro-batch."""
-        inputs = self._prepare_inputs(dict(batch))
-        return {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}

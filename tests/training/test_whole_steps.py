@@ -330,9 +330,9 @@ class TestErrors:
         ):
             with pytest.raises(ValueError, match=message):
                 balance.with_trainer(balance.model("rmoe"), balance.rows(), callbacks=[callback])
-        foreign = torch.nn.Linear(2, 2)
-        with pytest.raises(ValueError, match="Linear is not a model of hf_moe"):
-            LoadBalancing().on_train_begin(None, None, None, foreign)
+        dense = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+        with pytest.raises(ValueError, match="MoE layers of 'llama' are not known; choose from our own types and"):
+            balance.with_trainer(dense, balance.rows(), callbacks=[LoadBalancing()])
         with pytest.raises(ValueError, match="num_true_experts=1 must lie between"):
             callback = BiasBalancing(controller="true_experts", num_true_experts=1)
             balance.with_trainer(native(), balance.rows(), callbacks=[callback])
