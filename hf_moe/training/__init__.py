@@ -2,5 +2,6 @@
 
 from .balancing import BiasBalancing, count_ahead, empty_loads, update_biases
 from .load_balancing import CountsAhead, LoadBalancing
+from .restore import RestoreExperts, restore_experts
 from .schedules import PoolSchedule, TopKSchedule
 from .warm_up import warm_up_folder, warm_up_routers, write_routers
