@@ -1,7 +1,9 @@
 """What Transformers' Trainer needs for our models: callbacks that act once per optimizer step."""
 
 from .balancing import BiasBalancing, count_ahead, empty_loads, update_biases
+from .faults import ReportNaN
 from .load_balancing import CountsAhead, LoadBalancing
 from .restore import RestoreExperts, restore_experts
+from .routing_metrics import RoutingMetrics, routing_metrics
 from .schedules import PoolSchedule, TopKSchedule
 from .warm_up import warm_up_folder, warm_up_routers, write_routers
