@@ -69,7 +69,7 @@ class ReportNaN(TrainerCallback):
         what = next(what for what, when in wrong.items() if when == step)  # routers come in order of depth
         self.warned, control.should_training_stop = True, control.should_training_stop or self.stop
         warnings.warn(
-            f"Step {int(step)}: NaN or infinite values in {what}. Go back to the last good checkpoint; lower the learning "
-            "rate, clip gradients (max_grad_norm), or keep the routers in float32.",
+            f"Step {int(step)}: NaN or infinite values in {what}. Go back to the last good checkpoint; lower the "
+            "learning rate, clip gradients (max_grad_norm), or keep the routers in float32.",
             stacklevel=2,
         )
