@@ -4,6 +4,8 @@ Importing the package registers its architectures with the Auto classes; after t
 `AutoModelForCausalLM.from_pretrained` loads them like any other model.
 """
 
+from typing import Any
+
 from .architectures import (
     ARCHITECTURES,
     CLASSIFIERS,
@@ -143,3 +145,12 @@ __version__ = "0.1.0"
 for model_type, (config_class, model_class, causal_lm_class) in ARCHITECTURES.items():
     register(config_class, model_class, causal_lm_class, *CLASSIFIERS[model_type])
 del model_type, config_class, model_class, causal_lm_class
+
+
+def __getattr__(name: str) -> Any:
+    """`hf_moe.lora_config` needs PEFT, which is imported when it is asked for."""
+    if name == "lora_config":
+        from .tuning import lora_config
+
+        return lora_config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""Parameter-efficient fine-tuning of mixtures of experts, registered with PEFT (the only package that imports it)."""
+
+from .esft import EsftConfig, esft_config, load_selection, save_selection, score_experts, select_experts
+from .expert_lora import ExpertLoraConfig
+from .lora import lora_config

@@ -1,0 +1,98 @@
+"""Tiny mixtures and one adapter of every kind; as a script, loads saved adapters in a process of its own.
+
+`python adapters.py FOLDER`: for each `<kind>.safetensors` (tokens and expected logits) loads base and adapter.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel
+
+from hf_moe.testing import tiny_config
+from hf_moe.tuning import EsftConfig, lora_config
+from hf_moe.tuning.expert_subset import expert_modules
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
+from mixture_models import STOCK, mixture_model
+
+OURS = ["hf_moe", "rmoe"]
+
+
+def base(kind: str = "qwen3_moe") -> PreTrainedModel:
+    """A tiny mixture, native or ours."""
+    if kind in STOCK:
+        return mixture_model(kind, num_hidden_layers=2)
+    torch.manual_seed(0)
+    if kind == "gpt_oss":
+        sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+        model = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **heads))
+    else:
+        moe = {"type": "moe", "num_experts": 4, "router": {"type": "top_k", "top_k": 2}}
+        moe["experts"] = {"type": "swiglu", "intermediate_size": 16}
+        blocks = {"moe": {"mixer": {"type": "attention"}, "feed_forward": moe}}
+        model = AutoModelForCausalLM.from_config(
+            tiny_config(kind, **({"blocks": blocks} if kind == "hf_moe" else {}), vocab_size=64)
+        )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def subset(model: Any) -> dict[str, list[int]]:
+    """Two experts of every layer."""
+    return {name: [0, 2] for name in expert_modules(model)}
+
+
+KINDS: dict[str, Callable[[Any], PeftConfig]] = {
+    "lora_all": lambda model: lora_config(model, verbose=False, init_lora_weights=True),
+    "lora_subset": lambda model: lora_config(model, [0, 2], rank=3, lora_alpha=5, verbose=False),
+    "lora_per_layer": lambda model: lora_config(
+        model, {1: [1, 3]}, rank=2, rank_per_layer={1: 4}, router=True, attention=False, verbose=False
+    ),
+    "lora_rs": lambda model: lora_config(model, "all", rank=4, use_rslora=True, lora_dropout=0.1, verbose=False),
+    "esft": lambda model: EsftConfig(experts=subset(model), task_type="CAUSAL_LM"),
+}
+CANNOT_MERGE: set[str] = set()
+
+
+def adapted(kind: str, model: PreTrainedModel, seed: int | None = 1) -> PeftModel:
+    """The model with an adapter; with a seed, one that has been trained, so to say."""
+    torch.manual_seed(0)
+    wrapped = get_peft_model(model, KINDS[kind](model))
+    if seed is not None:
+        disturb(wrapped, seed)
+    return wrapped.eval()
+
+
+def disturb(wrapped: PeftModel, seed: int = 1) -> None:
+    """Add noise to whatever trains."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor | None = None) -> torch.Tensor:
+    return model(input_ids=tokens() if ids is None else ids, use_cache=False).logits
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
+        expected = load_file(path)
+        model = AutoModelForCausalLM.from_pretrained(path.parent / "base")
+        loaded = PeftModel.from_pretrained(model, path.parent / path.stem).eval()
+        error = (logits(loaded, expected["tokens"]) - expected["logits"]).abs().max().item()
+        print(path.stem, error)
+        assert error < 1e-5, (path.stem, error)
