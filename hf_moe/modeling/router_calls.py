@@ -1,4 +1,4 @@
-"""Every call of every router of a model, ours or native, as one kind of event: what balancing, metrics and replay read.
+"""Every call of every router of a model, ours or native, as one kind of event; balancing, metrics, replay read it.
 
 Letters: B rows of T tokens, N = B T, E experts, K chosen per token.
 """

@@ -17,28 +17,10 @@ from transformers import Trainer, TrainerCallback
 
 from ..modeling import DecoderModel, RouterCall, watch_routers
 from ..modeling.losses import BALANCE_LOSSES, router_z_loss, share_of_labels, weighted_losses
+from ..modeling.ops.injection import inject
 from ..modeling.router_calls import CurrentRows, scores
 from .balancing import count_ahead, empty_loads
 from .native import NativeLoads
-
-
-class InjectGradient(torch.autograd.Function):
-    """Identity on `x` whose backward pass also sends gradient 1 into the scalar `loss`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        ctx.loss = loss.dtype, loss.device
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype, device = ctx.loss
-        return grads[0], torch.ones((), dtype=dtype, device=device)
-
-
-def inject(x: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-    """`x` (...) unchanged; its backward pass adds the gradient of the scalar `loss`."""
-    return InjectGradient.apply(x, loss)  # pyright: ignore[reportReturnType]
 
 
 class StepShare:

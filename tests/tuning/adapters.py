@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel
 
 from hf_moe.testing import tiny_config
-from hf_moe.tuning import EsftConfig, lora_config
+from hf_moe.tuning import EsftConfig, HydraLoraConfig, MixLoraConfig, MolaConfig, SmoraConfig, lora_config
 from hf_moe.tuning.expert_subset import expert_modules
+from hf_moe.tuning.mix_lora import feed_forwards
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
 from mixture_models import STOCK, mixture_model
@@ -57,8 +58,16 @@ KINDS: dict[str, Callable[[Any], PeftConfig]] = {
     ),
     "lora_rs": lambda model: lora_config(model, "all", rank=4, use_rslora=True, lora_dropout=0.1, verbose=False),
     "esft": lambda model: EsftConfig(experts=subset(model), task_type="CAUSAL_LM"),
+    "smora": lambda model: SmoraConfig(r=8, top_k=2, target_modules=MIXER, router_aux_loss_coef=0.1),
+    "smora_sigmoid": lambda model: SmoraConfig(r=8, top_k=3, target_modules=MIXER, scoring="sigmoid"),
+    "hydra": lambda model: HydraLoraConfig(r=2, target_modules=MIXER),
+    "mola": lambda model: MolaConfig(r=2, target_modules=MIXER, num_experts=[2, 3], num_layers=2),
+    "mix_lora": lambda model: MixLoraConfig(
+        r=2, target_modules=[*MIXER, *feed_forwards(model)], num_experts=3, lora_dropout=0.1
+    ),
 }
-CANNOT_MERGE: set[str] = set()
+MIXER = ["q_proj", "o_proj"]
+CANNOT_MERGE = {"smora", "smora_sigmoid", "hydra", "mola", "mix_lora"}
 
 
 def adapted(kind: str, model: PreTrainedModel, seed: int | None = 1) -> PeftModel:
