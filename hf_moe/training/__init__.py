@@ -5,5 +5,6 @@ from .faults import ReportNaN
 from .load_balancing import CountsAhead, LoadBalancing
 from .restore import RestoreExperts, restore_experts
 from .routing_metrics import RoutingMetrics, routing_metrics
+from .routing_replay import RoutingReplay
 from .schedules import PoolSchedule, TopKSchedule
 from .warm_up import warm_up_folder, warm_up_routers, write_routers
