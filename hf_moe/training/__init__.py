@@ -3,6 +3,7 @@
 from .balancing import BiasBalancing, count_ahead, empty_loads, update_biases
 from .faults import ReportNaN
 from .load_balancing import CountsAhead, LoadBalancing
+from .muon import Muon, MuonForMixtures
 from .parameters import GroupedAdamW, group_of_each, parameter_groups, routers_in_fp32, train_only
 from .restore import RestoreExperts, restore_experts
 from .routing_metrics import RoutingMetrics, routing_metrics
