@@ -30,7 +30,10 @@ MAY_IMPORT = {  # package -> packages of ours it may import
     "testing": {"modeling", "architectures"},
 }
 LEVELS = [  # inside modeling: a module imports lower levels only
-    {"layers", "cache", "context", "packing", "ops", "losses", "controllers", "parts", "feature_maps", "generation"},
+    {
+        *{"layers", "cache", "context", "packing", "ops", "losses", "controllers", "parts", "feature_maps"},
+        *{"generation", "native_layouts"},
+    },
     {"routers", "experts"},
     {"mixers"},
     {"feed_forwards"},

@@ -12,6 +12,7 @@ from .configuration import DecoderConfig
 from .feed_forwards.chain_of_experts import ChainOfExperts
 from .feed_forwards.moe import Moe
 from .feed_forwards.pooled_moe import PooledMoe
+from .native_layouts import NATIVE, UNSUPPORTED, NativeLayout
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class MoeLayer:
         transposed: whether expert weights are stored (in, out) instead of (out, in).
         shared_experts: what every token passes through beside them, or None.
         selection_bias: (E,) added to the scores for the choice only (aux-loss-free balancing), or None.
+        interleaved: whether the rows (transposed: columns) of gate and up take turns in the fused weight (GPT-OSS).
+        has_gate: whether the experts have a gate projection; without one the first weight is `up_proj` (Nemotron).
         later_gates: the routers of the second and later iterations over the same experts (`chain_of_experts`).
     """
 
@@ -45,32 +48,45 @@ class MoeLayer:
     selection_bias: torch.Tensor | None = None
     num_zero_experts: int = 0
     later_gates: tuple[nn.Module, ...] = ()
+    interleaved: bool = False
+    has_gate: bool = True
 
     @property
     def top_k(self) -> int:
         """Experts per token, as the next forward pass will use it."""
         return self.gate.top_k  # pyright: ignore[reportReturnType]
 
+    def set_top_k(self, top_k: int) -> None:
+        """Let every token use so many experts from now on; the config keeps its own number."""
+        if not 1 <= top_k <= self.num_experts + self.num_zero_experts:
+            raise ValueError(f"top_k={top_k} must be 1 to {self.num_experts + self.num_zero_experts}.")
+        gates: tuple[Any, ...] = (self.gate, *self.later_gates)
+        for gate in gates:
+            gate.top_k = top_k
 
-@dataclass(frozen=True)
-class NativeLayout:
-    """Where a native Transformers family keeps the parts of its MoE layers (5.23)."""
+    def expert_tensors(self, expert: int) -> dict[str, torch.Tensor]:
+        """One expert's matrices, (out, in), as views of the stacks: writing into them writes into the model.
 
-    block: str  # class name of the sparse feed-forward
-    scoring: str = "softmax"
-    normalize: bool | None = None  # None: the gate's `norm_topk_prob` says
-    shared: str | None = None
-    bias: str | None = None
+        Returns:
+            `gate_proj` and `up_proj` (F, D), `down_proj` (D, F); no `gate_proj` where the experts have none.
+
+        Raises:
+            ValueError: experts that are not stacks of plain feed-forwards.
+        """
+        experts: Any = self.experts
+        names = ("input_linear", "output_linear") if hasattr(experts, "input_linear") else None
+        first = experts.input_linear.weight if names else getattr(experts, _first_stack(self.has_gate), None)
+        down = experts.output_linear.weight if names else getattr(experts, "down_proj", None)
+        if first is None or down is None or first.dim() != 3:
+            raise ValueError(f"The experts of {self.name!r} ({type(experts).__name__}) are not plain stacks.")
+        first, down = (tensor.data[expert].mT if self.transposed else tensor.data[expert] for tensor in (first, down))
+        if not self.has_gate:
+            return {"up_proj": first, "down_proj": down}
+        gate, up = (first[::2], first[1::2]) if self.interleaved else first.chunk(2)
+        return {"gate_proj": gate, "up_proj": up, "down_proj": down}
 
 
-NATIVE = {
-    "mixtral": NativeLayout("MixtralSparseMoeBlock", normalize=True),
-    "qwen3_moe": NativeLayout("Qwen3MoeSparseMoeBlock"),
-    "olmoe": NativeLayout("OlmoeSparseMoeBlock"),
-    "qwen2_moe": NativeLayout("Qwen2MoeSparseMoeBlock", shared="shared_expert"),
-    "flex_olmo": NativeLayout("FlexOlmoSparseMoeBlock"),
-    "deepseek_v3": NativeLayout("DeepseekV3MoE", "sigmoid", shared="shared_experts", bias="e_score_correction_bias"),
-}
+BLOCKS_OF_NATIVES = {layout.block: layout for layout in NATIVE.values()}
 
 
 def moe_layers(model: PreTrainedModel) -> Iterator[MoeLayer]:
@@ -79,17 +95,29 @@ def moe_layers(model: PreTrainedModel) -> Iterator[MoeLayer]:
     Raises:
         ValueError: a native model type whose layout is not known; nothing is guessed from names or shapes.
     """
-    model_type = model.config.model_type
-    ours = isinstance(model.config, DecoderConfig)
-    if not ours and model_type not in NATIVE:
-        raise ValueError(
-            f"The MoE layers of {model_type!r} are not known; choose from our own types and {sorted(NATIVE)}."
-        )
+    ours, found = isinstance(model.config, DecoderConfig), False
     for name, module in model.named_modules():
         if isinstance(module, (Moe, ChainOfExperts, PooledMoe)):
             yield _our_layer(name, module, model)
-        elif not ours and type(module).__name__ == NATIVE[model_type].block:
-            yield _native_layer(name, module, NATIVE[model_type])
+        elif not ours and (layout := BLOCKS_OF_NATIVES.get(type(module).__name__)) is not None:
+            found = True
+            yield _native_layer(name, module, layout)
+    if not ours and not found:
+        _check_type(model.config.model_type)
+
+
+def _first_stack(has_gate: bool) -> str:
+    return "gate_up_proj" if has_gate else "up_proj"
+
+
+def _check_type(model_type: str) -> None:
+    """Raise `ValueError` for a native type without layers that we know, unless a config of it may have none."""
+    if model_type in UNSUPPORTED:
+        raise ValueError(f"The MoE layers of {model_type!r} are not supported: {UNSUPPORTED[model_type]}.")
+    if model_type not in NATIVE and model_type.removesuffix("_text") not in NATIVE:
+        raise ValueError(
+            f"The MoE layers of {model_type!r} are not known; choose from our own types and {sorted(NATIVE)}."
+        )
 
 
 def _our_layer(name: str, module: Moe | ChainOfExperts | PooledMoe, model: PreTrainedModel) -> MoeLayer:
@@ -114,16 +142,29 @@ def _our_layer(name: str, module: Moe | ChainOfExperts | PooledMoe, model: PreTr
 
 
 def _native_layer(name: str, module: nn.Module, layout: NativeLayout) -> MoeLayer:
-    gate, experts = module.get_submodule("gate"), module.get_submodule("experts")
+    gate: Any = module.get_submodule(layout.gate)
+    experts: Any = module.get_submodule(layout.experts)
     return MoeLayer(
         name=name,
         module=module,
         gate=gate,
         experts=experts,
-        num_experts=experts.num_experts,  # pyright: ignore[reportArgumentType]
+        num_experts=gate.num_experts if not layout.experts else experts.num_experts,
         scoring=layout.scoring,
         normalize=bool(gate.norm_topk_prob) if layout.normalize is None else layout.normalize,
-        transposed=bool(experts.is_transposed),
-        shared_experts=module.get_submodule(layout.shared) if layout.shared else None,
-        selection_bias=gate.get_buffer(layout.bias) if layout.bias else None,
+        transposed=bool(getattr(experts, "is_transposed", False)),
+        interleaved=not getattr(experts, "is_concatenated", True),
+        has_gate=bool(getattr(experts, "has_gate", True)),
+        shared_experts=getattr(module, layout.shared, None) if layout.shared else None,
+        selection_bias=_bias(module, layout.bias),
     )
+
+
+def _bias(module: nn.Module, path: str | None) -> torch.Tensor | None:
+    """The tensor at a path from a module, if its config has it."""
+    found: Any = module
+    for attribute in path.split(".") if path else ():
+        found = getattr(found, attribute, None)
+    if not isinstance(found, torch.Tensor):
+        return None
+    return found if found.dim() == 1 else found.detach().flatten()  # Ernie's is (1, E); the same memory

@@ -1,0 +1,138 @@
+"""Where Transformers' own MoE families (5.23) keep the parts of their sparse layers: read from their code.
+
+`tests/modeling/test_native_anatomy.py` runs every family that stands here.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NativeLayout:
+    """One family.
+
+    Args:
+        block: class name of the sparse feed-forward.
+        scoring: `softmax` over all experts, `softmax_selected` over the chosen ones, or `sigmoid`.
+        normalize: whether the chosen weights are divided by their sum; None: the gate's `norm_topk_prob` says.
+        shared: attribute of the block with the shared experts, which some configs switch off.
+        bias: path from the block to the selection bias, which some configs switch off.
+        gate: attribute of the block with the router.
+        experts: attribute of the block with the experts; empty where the block holds their weights itself.
+    """
+
+    block: str
+    scoring: str = "softmax"
+    normalize: bool | None = None
+    shared: str | None = None
+    bias: str | None = None
+    gate: str = "gate"
+    experts: str = "experts"
+
+
+def like_deepseek_v3(block: str, shared: str | None = "shared_experts") -> NativeLayout:
+    """Sigmoid scores, a selection bias in the gate, shared experts."""
+    return NativeLayout(block, "sigmoid", shared=shared, bias="gate.e_score_correction_bias")
+
+
+def like_granite(block: str) -> NativeLayout:
+    """Softmax over the chosen experts only."""
+    return NativeLayout(block, "softmax_selected", True, gate="router")
+
+
+NATIVE = {  # model type -> layout; the text models of composite types come under the composite's name
+    "afmoe": NativeLayout("AfmoeSparseMoeBlock", "sigmoid", True, "shared_experts", "expert_bias", gate="router"),
+    "aria": NativeLayout("AriaTextMoELayer", "softmax_selected", True, "shared_experts", gate="router"),
+    "axk1": like_deepseek_v3("AXK1MoE"),
+    "axk2": like_deepseek_v3("AXK2MoE"),
+    "bailing_hybrid": like_deepseek_v3("BailingHybridMoE"),
+    "beam": like_deepseek_v3("BeamMoE", shared=None),
+    "deepseek_v2": NativeLayout("DeepseekV2Moe", "softmax", False, "shared_experts"),
+    "deepseek_v3": like_deepseek_v3("DeepseekV3MoE"),
+    "deepseek_v32": like_deepseek_v3("DeepseekV32MoE"),
+    "dots1": like_deepseek_v3("Dots1MoE"),
+    "dots3_note": like_deepseek_v3("Dots3NoteTextMoE"),
+    "ernie4_5_moe": NativeLayout(
+        "Ernie4_5_MoeSparseMoeBlock", "softmax", True, "shared_experts", "gate.moe_statics.e_score_correction_bias"
+    ),
+    "exaone_moe": like_deepseek_v3("ExaoneMoeSparseMoEBlock"),
+    "flex_olmo": NativeLayout("FlexOlmoSparseMoeBlock"),
+    "flint": NativeLayout("FlintSparseMoeBlock", "sigmoid", None, "shared_expert"),
+    "glm4_moe": like_deepseek_v3("Glm4MoeMoE"),
+    "glm4_moe_lite": like_deepseek_v3("Glm4MoeLiteMoE"),
+    "glm_moe_dsa": like_deepseek_v3("GlmMoeDsaMoE"),
+    "gpt_oss": NativeLayout("GptOssMLP", "softmax_selected", True, gate="router"),
+    "granitemoe": like_granite("GraniteMoeMoE"),
+    "granitemoe_swa": like_granite("GraniteMoeSWAMoE"),
+    "granitemoehybrid": like_granite("GraniteMoeHybridMoE"),
+    "granitemoeshared": like_granite("GraniteMoeSharedMoE"),
+    "hunyuan_v1_moe": NativeLayout("HunYuanMoEV1Moe", "softmax", True, "shared_mlp"),
+    "hy_v3": NativeLayout("HYV3MoE", "sigmoid", True, "shared_experts", "e_score_correction_bias"),
+    "hy_v4": like_deepseek_v3("HYV4MoE"),
+    "jamba": NativeLayout("JambaSparseMoeBlock", "softmax", False, gate="router"),
+    "jetmoe": NativeLayout("JetMoeMoE", "softmax_selected", True, gate="router", experts=""),
+    "kimi_linear": like_deepseek_v3("KimiLinearMoE"),
+    "kolibri1": NativeLayout(
+        "Kolibri1SparseMoeBlock", "sigmoid", None, "shared_experts", "gate.e_score_correction_bias"
+    ),
+    "laguna": NativeLayout("LagunaSparseMoeBlock", "sigmoid", True, "shared_experts", "gate.e_score_correction_bias"),
+    "lfm2_moe": NativeLayout("Lfm2MoeSparseMoeBlock", "sigmoid", None, bias="expert_bias"),
+    "mellum": NativeLayout("MellumSparseMoeBlock"),
+    "mimo_v2_flash": like_deepseek_v3("MiMoV2FlashMoE", shared=None),
+    "minimax": NativeLayout("MiniMaxSparseMoeBlock", "softmax", True),
+    "minimax_m2": NativeLayout("MiniMaxM2SparseMoeBlock", "sigmoid", True, bias="e_score_correction_bias"),
+    "minimax_m3_vl": NativeLayout(
+        "MiniMaxM3VLSparseMoeBlock", "sigmoid", True, "shared_experts", "gate.e_score_correction_bias"
+    ),
+    "mixtral": NativeLayout("MixtralSparseMoeBlock", normalize=True),
+    "nemotron_h": like_deepseek_v3("NemotronHMoE"),
+    "olmoe": NativeLayout("OlmoeSparseMoeBlock"),
+    "qwen2_moe": NativeLayout("Qwen2MoeSparseMoeBlock", shared="shared_expert"),
+    "qwen3_5_moe": NativeLayout("Qwen3_5MoeSparseMoeBlock", "softmax", True, "shared_expert"),
+    "qwen3_moe": NativeLayout("Qwen3MoeSparseMoeBlock"),
+    "qwen3_next": NativeLayout("Qwen3NextSparseMoeBlock", shared="shared_expert"),
+    "qwen3_omni_moe": NativeLayout("Qwen3OmniMoeThinkerTextSparseMoeBlock"),
+    "qwen3_vl_moe": NativeLayout("Qwen3VLMoeTextSparseMoeBlock", "softmax", True),
+    "qwen4_exp": NativeLayout("Qwen4ExpTextSparseMoeBlock", shared="shared_expert"),
+    "solar_open": like_deepseek_v3("SolarOpenMoE"),
+    "unlimited_ocr": NativeLayout("UnlimitedOcrTextMoe", "softmax", False, "shared_experts"),
+}
+
+UNSUPPORTED = {  # model type -> why `moe_layers` refuses it
+    "cohere2_moe": "its config chooses how experts are scored",
+    "dbrx": "its experts lie flattened in one matrix and its router returns dense weights",
+    "deepseek_ocr2": "it has not been run on a tiny model yet",
+    "deepseek_v4": "its first layers route by a hash of the token, without scores",
+    "diffusion_gemma": "its router returns probabilities and its experts lie in the decoder layer",
+    "doge": "it retrieves experts by product keys",
+    "ernie4_5_vl_moe": "it has a router and experts per modality",
+    "gemma4": "its router returns probabilities and its experts lie in the decoder layer",
+    "glm4v_moe": "it has not been run on a tiny model yet",
+    "glm5_next": "it has not been run on a tiny model yet",
+    "inkling": "its router weighs shared experts as well",
+    "inkling2": "its scores are none of softmax and sigmoid",
+    "llama4": "its router returns dense weights, and every expert runs on every token",
+    "longcat_flash": "half of its experts compute nothing, and its layers are double",
+    "mistral4": "it has not been run on a tiny model yet",
+    "mistral_large4": "it is composite and has not been described yet",
+    "muse_spark": "its experts have a norm behind them",
+    "nllb_moe": "it is an encoder-decoder with capacity limits",
+    "openai_privacy_filter": "it classifies tokens and scales its weights by the number of experts",
+    "phimoe": "its router weighs by sparse mixing, not by scores",
+    "step3p7": "it has not been described yet",
+    "switch_transformers": "it is an encoder-decoder with capacity limits",
+    "zaya": "its router is a network of its own that skips experts",
+}
+
+
+def table() -> str:
+    """The families as a table in Markdown: `docs/anatomy.md`."""
+    rows = ["| model type | block | router | scores | normalised | shared experts | selection bias |"]
+    rows.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, layout in sorted(NATIVE.items()):
+        normalized = {None: "`norm_topk_prob`", True: "yes", False: "no"}[layout.normalize]
+        cells = [f"`{name}`", f"`{layout.block}`", f"`{layout.gate}`", layout.scoring, normalized]
+        cells += [f"`{path}`" if path else "" for path in (layout.shared, layout.bias)]
+        rows.append("| " + " | ".join(cells) + " |")
+    rows += ["", "| not supported | for |", "| --- | --- |"]
+    rows += [f"| `{name}` | {reason} |" for name, reason in sorted(UNSUPPORTED.items())]
+    return "\n".join(rows) + "\n"

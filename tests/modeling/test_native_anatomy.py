@@ -1,0 +1,128 @@
+"""Every native family that the table lists is built, run, and compared with what the table says."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from hf_moe import moe_layers
+from hf_moe.modeling import watch_routers
+from hf_moe.modeling.native_layouts import NATIVE, UNSUPPORTED, table
+
+sys.path.insert(0, str(Path(__file__).parent))
+from native_models import tiny_native
+
+MODELS = Path(transformers.__file__).parent / "models"
+NOISE = pytest.mark.allow_warnings("")  # families tell about their own missing kernels and tokens
+
+
+@NOISE
+@pytest.mark.parametrize("kind", sorted(NATIVE))
+@torch.no_grad()
+def test_the_table_says_what_runs(kind):
+    model = tiny_native(kind)
+    layers, calls, sent = list(moe_layers(model)), [], []
+    assert layers
+    handles = watch_routers(model, calls.append)
+    for layer in layers:
+        if layer.experts is not layer.module:
+            handles.append(layer.experts.register_forward_pre_hook(lambda module, args: sent.append(args)))
+    tokens = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(0))
+    model(tokens, use_cache=False)
+    assert [call.layer.name for call in calls] == [layer.name for layer in layers]
+    for call in calls:
+        layer, logits = call.layer, call.logits.float()
+        assert logits.shape == (10, layer.num_experts) and call.indices.shape == (10, layer.top_k)
+        assert call.context.shape == (2, 5)
+        scores = logits.sigmoid() if layer.scoring == "sigmoid" else logits.softmax(-1)
+        if layer.scoring == "softmax_selected":
+            scores = torch.zeros_like(scores).scatter(1, call.indices, logits.gather(1, call.indices).softmax(-1))
+        expected = scores.gather(1, call.indices)
+        expected = expected / expected.sum(-1, keepdim=True) if layer.normalize else expected
+        ratio = call.weights.float() / expected  # a family may scale them all
+        torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), atol=1e-3, rtol=1e-3)
+        if layer.selection_bias is not None:
+            assert layer.selection_bias.shape == (layer.num_experts,)
+            ranking = (logits if kind == "kolibri1" else scores) + layer.selection_bias.float()
+            assert torch.equal(ranking.topk(layer.top_k).indices.sort(-1).values, call.indices.sort(-1).values)
+    for layer, args in zip([layer for layer in layers if layer.experts is not layer.module], sent):
+        assert args[1].shape[1] == layer.top_k, layer.name
+    for layer in layers:
+        layer.set_top_k(1)
+    calls.clear()
+    model(tokens, use_cache=False)
+    assert all(call.indices.shape == (10, 1) for call in calls)
+    for handle in handles:
+        handle.remove()
+
+
+@NOISE
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "gpt_oss", "jetmoe", "nemotron_h", "aria", "deepseek_v3", "hunyuan_v1_moe"]
+)
+@torch.no_grad()
+def test_one_expert_is_its_tensors(kind):
+    """An expert's feed-forward from `expert_tensors`, against the layer that sends everything to it."""
+    model = tiny_native(kind)
+    layer = list(moe_layers(model))[-1]
+    tensors = layer.expert_tensors(2)
+    assert set(tensors) == ({"gate_proj", "up_proj", "down_proj"} if layer.has_gate else {"up_proj", "down_proj"})
+    x = torch.randn(3, tensors["up_proj"].shape[1], generator=torch.Generator().manual_seed(0))
+    if kind == "jetmoe":
+        run = lambda: layer.module.output_linear(  # noqa: E731
+            glu(layer.module.input_linear(x, [0, 0, 3, 0]), layer.module.activation), [0, 0, 3, 0]
+        )
+    else:
+        run = lambda: layer.experts(x, torch.full((3, 1), 2), torch.ones(3, 1))  # noqa: E731
+    act = getattr(layer.experts, "act_fn", None) or getattr(layer.module, "activation", None)
+    for name in ("gate_up_proj_bias", "down_proj_bias"):
+        if hasattr(layer.experts, name):
+            getattr(layer.experts, name).zero_()
+    up = x @ tensors["up_proj"].T
+    if kind == "gpt_oss":
+        gate, up = (x @ tensors["gate_proj"].T).clamp(max=7), up.clamp(-7, 7)
+        hidden = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    else:
+        hidden = act(x @ tensors["gate_proj"].T) * up if layer.has_gate else act(up)
+    torch.testing.assert_close(run(), hidden @ tensors["down_proj"].T, atol=1e-5, rtol=1e-4)
+    tensors["down_proj"].zero_()  # a view: the model has changed
+    assert not run().any()
+
+
+def glu(hidden: torch.Tensor, act) -> torch.Tensor:
+    gate, up = hidden.chunk(2, dim=-1)
+    return act(gate) * up
+
+
+def test_every_family_of_transformers_is_in_the_table():
+    """Those whose experts go through the experts interface, and what else calls itself a mixture."""
+    pattern = re.compile(r"use_experts_implementation|class \w*(SparseMoe|ParallelExperts|MoEBlock|MoE)\w*\(nn")
+    found = {path.parent.name for path in MODELS.glob("*/modeling_*.py") if pattern.search(path.read_text())}
+    assert found - set(NATIVE) - set(UNSUPPORTED) <= {"granite_docling", "vitpose_backbone"}  # no language mixtures
+    assert not set(NATIVE) & set(UNSUPPORTED)
+    assert all((MODELS / name).is_dir() for name in (*NATIVE, *UNSUPPORTED))
+
+
+def test_the_documented_table_is_this_one():
+    text = (Path(__file__).parents[2] / "docs" / "anatomy.md").read_text()
+    assert table() in text
+
+
+def test_what_is_not_supported_says_why():
+    from hf_moe.modeling.anatomy import _check_type
+
+    with pytest.raises(ValueError, match="'llama4' are not supported: its router returns dense weights"):
+        _check_type("llama4")
+    with pytest.raises(ValueError, match="'llama' are not known; choose from our own types"):
+        _check_type("llama")
+
+
+class TestErrors:
+    def test_numbers(self):
+        layer = next(moe_layers(tiny_native("mixtral")))
+        for top_k in (0, 5):
+            with pytest.raises(ValueError, match=f"top_k={top_k} must be 1 to 4"):
+                layer.set_top_k(top_k)
