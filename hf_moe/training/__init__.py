@@ -1,7 +1,9 @@
 """What Transformers' Trainer needs for our models: callbacks that act once per optimizer step."""
 
 from .balancing import BiasBalancing, count_ahead, empty_loads, update_biases
+from .checkpoint_merging import merge_checkpoints, merge_coefficients
 from .faults import ReportNaN
+from .learning_rates import WithSchedule, get_power_schedule, get_wsdc_schedule, power_rate
 from .load_balancing import CountsAhead, LoadBalancing
 from .muon import Muon, MuonForMixtures
 from .parameters import GroupedAdamW, group_of_each, parameter_groups, routers_in_fp32, train_only
