@@ -6,6 +6,7 @@ ESFT (https://arxiv.org/abs/2407.01906). Letters: L MoE layers, E experts, S sel
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from ..modeling import RouterCall, moe_layers, watched_routers
 from .expert_subset import ExpertSubset, expert_modules
 from .peft_types import add_peft_type, register
+from .replacing import adapt
 
 Scores = dict[str, torch.Tensor]  # name of the MoE layer -> (E,)
 
@@ -200,14 +202,8 @@ class EsftModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if isinstance(target, EsftExperts):
-            target.update_layer(adapter_name, peft_config)
-            return
-        layer = EsftExperts(target, current_key)
-        layer.update_layer(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        make = partial(EsftExperts, name=current_key)
+        adapt(self, make, EsftExperts, target, target_name, parent, adapter_name, peft_config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # PEFT's looks for a `weight`

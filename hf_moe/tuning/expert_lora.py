@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from .expert_subset import ExpertSubset
 from .peft_types import add_peft_type, register
+from .replacing import adapt
 
 
 @dataclass
@@ -136,14 +138,8 @@ class ExpertLoraModel(LoraModel):
             return
         rank = lora_config.rank_pattern.get(current_key, lora_config.r)
         alpha = lora_config.alpha_pattern.get(current_key, lora_config.lora_alpha)
-        if isinstance(target, ExpertLora):
-            target.update_layer(adapter_name, rank, alpha, lora_config)
-            return
-        layer = ExpertLora(target, current_key)
-        layer.update_layer(adapter_name, rank, alpha, lora_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        make = partial(ExpertLora, name=current_key)
+        adapt(self, make, ExpertLora, target, target_name, parent, adapter_name, rank, alpha, lora_config)
 
 
 register("expert_lora", ExpertLoraConfig, ExpertLoraModel)

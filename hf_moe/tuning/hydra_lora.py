@@ -37,8 +37,8 @@ class HydraLora(RoutedLora):
 
     adapter_layer_names = ("hydra_A", "hydra_B", "hydra_gate")
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.hydra_A, self.hydra_B, self.hydra_gate = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
 
     def make(self, adapter: str, config: Any) -> None:

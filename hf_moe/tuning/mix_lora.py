@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from ..modeling.router_calls import CurrentRows
 from .peft_types import add_peft_type, register
+from .replacing import adapt
 from .routed_lora import check_linear, check_top_k, low_rank, router_weight, with_balance_loss
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -163,14 +165,9 @@ class MixLoraModel(LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if isinstance(target, MixLora):
-            target.update_layer(adapter_name, lora_config)
-        elif all(hasattr(target, name) for name in (*PROJECTIONS, "act_fn")):
-            layer = MixLora(target, current_key, self.rows)
-            layer.update_layer(adapter_name, lora_config)
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+        if isinstance(target, MixLora) or all(hasattr(target, name) for name in (*PROJECTIONS, "act_fn")):
+            make = partial(MixLora, name=current_key, rows=self.rows)
+            adapt(self, make, MixLora, target, target_name, parent, adapter_name, lora_config)
         else:
             super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
 

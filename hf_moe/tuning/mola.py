@@ -50,8 +50,8 @@ class Mola(RoutedLora):
 
     adapter_layer_names = ("mola_A", "mola_B", "mola_gate")
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.mola_A, self.mola_B, self.mola_gate = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
 
     def make(self, adapter: str, config: Any) -> None:

@@ -5,6 +5,7 @@ Letters: N tokens, D width of the input, O of the output, r ranks, n LoRA expert
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from ..modeling.losses import switch_loss
 from ..modeling.ops.injection import inject
 from ..modeling.router_calls import CurrentRows
 from .peft_types import add_peft_type
+from .replacing import adapt
 
 
 @dataclass
@@ -182,14 +184,8 @@ class RoutedLoraModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if isinstance(target, self.layer_class):
-            target.update_layer(adapter_name, peft_config)
-            return
-        layer = self.layer_class(target, current_key, self.rows)
-        layer.update_layer(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        make = partial(self.layer_class, name=current_key, rows=self.rows)
+        adapt(self, make, self.layer_class, target, target_name, parent, adapter_name, peft_config)
 
 
 def set_accumulation(model: nn.Module, steps: int) -> None:

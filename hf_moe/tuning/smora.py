@@ -50,8 +50,8 @@ class Smora(RoutedLora):
     adapter_layer_names = ("smora_A", "smora_B", "smora_gate")
     other_param_names = (*RoutedLora.other_param_names, "smora_bias")
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.smora_A, self.smora_B = nn.ParameterDict(), nn.ParameterDict()
         self.smora_gate, self.smora_bias = nn.ParameterDict(), BufferDict(persistent=True)
         self.loads: dict[str, torch.Tensor] = {}

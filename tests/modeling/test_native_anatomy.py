@@ -10,6 +10,7 @@ import transformers
 
 from hf_moe import moe_layers
 from hf_moe.modeling import watch_routers
+from hf_moe.modeling.expert_counts import counted_choices
 from hf_moe.modeling.native_layouts import NATIVE, UNSUPPORTED, table
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -126,3 +127,12 @@ class TestErrors:
         for top_k in (0, 5):
             with pytest.raises(ValueError, match=f"top_k={top_k} must be 1 to 4"):
                 layer.set_top_k(top_k)
+
+
+@torch.no_grad()
+def test_choices_are_counted_where_the_block_holds_the_experts():
+    model = tiny_native("jetmoe")
+    with counted_choices(model) as counts:
+        model(torch.arange(3, 9)[None], use_cache=False)
+    assert list(counts) == [layer.name for layer in moe_layers(model)]
+    assert all(count.sum() == 6 * 2 for count in counts.values())
