@@ -13,6 +13,9 @@ from .feed_forwards.chain_of_experts import ChainOfExperts
 from .feed_forwards.moe import Moe
 from .feed_forwards.pooled_moe import PooledMoe
 from .native_layouts import NATIVE, UNSUPPORTED, NativeLayout
+from .routers.base import Router
+from .routers.frozen import Frozen
+from .routers.top_k import TopK
 
 
 @dataclass(frozen=True)
@@ -54,36 +57,68 @@ class MoeLayer:
     @property
     def top_k(self) -> int:
         """Experts per token, as the next forward pass will use it."""
-        return self.gate.top_k  # pyright: ignore[reportReturnType]
+        return _unwrapped(self.gate).top_k
 
     def set_top_k(self, top_k: int) -> None:
-        """Let every token use so many experts from now on; the config keeps its own number."""
-        if not 1 <= top_k <= self.num_experts + self.num_zero_experts:
-            raise ValueError(f"top_k={top_k} must be 1 to {self.num_experts + self.num_zero_experts}.")
-        gates: tuple[Any, ...] = (self.gate, *self.later_gates)
+        """Let every token use so many experts from now on; the config keeps its own number.
+
+        Raises:
+            ValueError: more than there are, or than the groups of a group-limited router hold; a router that does not
+                choose a fixed number.
+        """
+        gates: tuple[Any, ...] = tuple(map(_unwrapped, (self.gate, *self.later_gates)))
+        most = min(map(self._most, gates))
+        if not 1 <= top_k <= most:
+            raise ValueError(f"top_k={top_k} must be 1 to {most}.")
         for gate in gates:
             gate.top_k = top_k
+
+    def _most(self, gate: Any) -> int:
+        """How many experts a router can choose."""
+        if isinstance(gate, Router) and not isinstance(gate, (TopK, Frozen)):
+            raise ValueError(f"The number of experts that {type(gate).__name__} chooses cannot be set.")
+        total = self.num_experts + self.num_zero_experts
+        groups = getattr(gate, "num_groups", None) or getattr(gate, "num_group", None) or 1
+        kept = getattr(gate, "groups_per_token", None) or getattr(gate, "topk_group", None) or groups
+        return total * min(kept, groups) // groups
 
     def expert_tensors(self, expert: int) -> dict[str, torch.Tensor]:
         """One expert's matrices, (out, in), as views of the stacks: writing into them writes into the model.
 
         Returns:
-            `gate_proj` and `up_proj` (F, D), `down_proj` (D, F); no `gate_proj` where the experts have none.
+            `gate_proj` and `up_proj` (F, D), `down_proj` (D, F); no `gate_proj` where the experts have none; their
+            biases, where they have some, as `gate_proj_bias` and so on.
 
         Raises:
             ValueError: experts that are not stacks of plain feed-forwards.
         """
-        experts: Any = self.experts
-        names = ("input_linear", "output_linear") if hasattr(experts, "input_linear") else None
-        first = experts.input_linear.weight if names else getattr(experts, _first_stack(self.has_gate), None)
-        down = experts.output_linear.weight if names else getattr(experts, "down_proj", None)
-        if first is None or down is None or first.dim() != 3:
+        experts = _unwrapped(self.experts)
+        if hasattr(experts, "input_linear"):
+            stacks = {"first": experts.input_linear.weight, "down_proj": experts.output_linear.weight}
+        else:
+            first = "gate_up_proj" if self.has_gate else "up_proj"
+            names = {"first": first, "down_proj": "down_proj"}
+            names |= {f"{key}_bias": f"{name}_bias" for key, name in names.items()}
+            stacks = {key: getattr(experts, name, None) for key, name in names.items()}
+        found = {key: stack.data[expert] for key, stack in stacks.items() if stack is not None}
+        if not {"first", "down_proj"} <= set(found) or found["first"].dim() != 2:
             raise ValueError(f"The experts of {self.name!r} ({type(experts).__name__}) are not plain stacks.")
-        first, down = (tensor.data[expert].mT if self.transposed else tensor.data[expert] for tensor in (first, down))
-        if not self.has_gate:
-            return {"up_proj": first, "down_proj": down}
-        gate, up = (first[::2], first[1::2]) if self.interleaved else first.chunk(2)
-        return {"gate_proj": gate, "up_proj": up, "down_proj": down}
+        if self.transposed:
+            found = {key: tensor.mT if tensor.dim() == 2 else tensor for key, tensor in found.items()}
+        return self._halves(found)
+
+    def _halves(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The first matrix, and its bias, as those of gate and up."""
+        halves = {}
+        for ending in ("", "_bias"):
+            if (first := tensors.pop(f"first{ending}", None)) is None:
+                continue
+            if not self.has_gate:
+                halves[f"up_proj{ending}"] = first
+                continue
+            gate, up = (first[::2], first[1::2]) if self.interleaved else first.chunk(2)
+            halves |= {f"gate_proj{ending}": gate, f"up_proj{ending}": up}
+        return halves | tensors
 
 
 BLOCKS_OF_NATIVES = {layout.block: layout for layout in NATIVE.values()}
@@ -99,15 +134,24 @@ def moe_layers(model: PreTrainedModel) -> Iterator[MoeLayer]:
     for name, module in model.named_modules():
         if isinstance(module, (Moe, ChainOfExperts, PooledMoe)):
             yield _our_layer(name, module, model)
-        elif not ours and (layout := BLOCKS_OF_NATIVES.get(type(module).__name__)) is not None:
+        elif not ours and (layout := _layout_of(module)) is not None:
             found = True
             yield _native_layer(name, module, layout)
     if not ours and not found:
         _check_type(model.config.model_type)
 
 
-def _first_stack(has_gate: bool) -> str:
-    return "gate_up_proj" if has_gate else "up_proj"
+def _layout_of(module: nn.Module) -> NativeLayout | None:
+    """The layout of a native block; FSDP2 makes a subclass of another name."""
+    found = (BLOCKS_OF_NATIVES.get(kind.__name__) for kind in type(module).__mro__)
+    return next((layout for layout in found if layout is not None), None)
+
+
+def _unwrapped(module: Any) -> Any:
+    """What PEFT's wrappers are around: they hide the attributes of experts and routers."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
 
 def _check_type(model_type: str) -> None:
@@ -138,23 +182,25 @@ def _our_layer(name: str, module: Moe | ChainOfExperts | PooledMoe, model: PreTr
         selection_bias=gate.e_score_correction_bias,
         num_zero_experts=gate.num_zero_experts,
         later_gates=tuple(later_gates),
+        has_gate=hasattr(_unwrapped(experts), "gate_up_proj"),
     )
 
 
 def _native_layer(name: str, module: nn.Module, layout: NativeLayout) -> MoeLayer:
     gate: Any = module.get_submodule(layout.gate)
     experts: Any = module.get_submodule(layout.experts)
+    router, stacks = _unwrapped(gate), _unwrapped(experts)
     return MoeLayer(
         name=name,
         module=module,
         gate=gate,
         experts=experts,
-        num_experts=gate.num_experts if not layout.experts else experts.num_experts,
+        num_experts=router.num_experts if not layout.experts else stacks.num_experts,
         scoring=layout.scoring,
-        normalize=bool(gate.norm_topk_prob) if layout.normalize is None else layout.normalize,
-        transposed=bool(getattr(experts, "is_transposed", False)),
-        interleaved=not getattr(experts, "is_concatenated", True),
-        has_gate=bool(getattr(experts, "has_gate", True)),
+        normalize=bool(router.norm_topk_prob) if layout.normalize is None else layout.normalize,
+        transposed=bool(getattr(stacks, "is_transposed", False)),
+        interleaved=not getattr(stacks, "is_concatenated", True),
+        has_gate=bool(getattr(stacks, "has_gate", True)),
         shared_experts=getattr(module, layout.shared, None) if layout.shared else None,
         selection_bias=_bias(module, layout.bias),
     )

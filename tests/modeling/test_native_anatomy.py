@@ -70,7 +70,9 @@ def test_one_expert_is_its_tensors(kind):
     model = tiny_native(kind)
     layer = list(moe_layers(model))[-1]
     tensors = layer.expert_tensors(2)
-    assert set(tensors) == ({"gate_proj", "up_proj", "down_proj"} if layer.has_gate else {"up_proj", "down_proj"})
+    assert {name for name in tensors if not name.endswith("_bias")} == (
+        {"gate_proj", "up_proj", "down_proj"} if layer.has_gate else {"up_proj", "down_proj"}
+    )
     x = torch.randn(3, tensors["up_proj"].shape[1], generator=torch.Generator().manual_seed(0))
     if kind == "jetmoe":
         run = lambda: layer.module.output_linear(  # noqa: E731
@@ -121,7 +123,42 @@ def test_what_is_not_supported_says_why():
         _check_type("llama")
 
 
+@NOISE
+def test_wrappers_hide_nothing():
+    """PEFT around experts and routers, FSDP2's subclass of a block."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_native("gpt_oss")
+    plain = list(moe_layers(model))
+    expected = [(layer.transposed, layer.interleaved, layer.top_k, layer.num_experts) for layer in plain]
+    assert expected[0][:2] == (True, True) and "gate_proj_bias" in plain[0].expert_tensors(0)
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.router.weight"]
+    wrapped = get_peft_model(model, LoraConfig(target_modules=[], target_parameters=stacks))
+    found = [(layer.transposed, layer.interleaved, layer.top_k, layer.num_experts) for layer in moe_layers(wrapped)]
+    assert found == expected
+    mixtral = tiny_native("mixtral")
+    for layer in list(moe_layers(mixtral)):
+        layer.module.__class__ = type("FSDPMixtralSparseMoeBlock", (type(layer.module),), {})
+    assert len(list(moe_layers(mixtral))) == 2
+
+
 class TestErrors:
+    def test_routers_without_a_number(self):
+        from transformers import AutoModelForCausalLM
+
+        from hf_moe.testing import tiny_config
+
+        layer = next(moe_layers(AutoModelForCausalLM.from_config(tiny_config("dynamic_moe"))))
+        with pytest.raises(ValueError, match="that TopP chooses cannot be set"):
+            layer.set_top_k(1)
+
+    @NOISE
+    def test_groups(self):
+        layer = next(moe_layers(tiny_native("deepseek_v3", n_group=2, topk_group=1)))
+        layer.set_top_k(2)
+        with pytest.raises(ValueError, match="top_k=3 must be 1 to 2"):
+            layer.set_top_k(3)
+
     def test_numbers(self):
         layer = next(moe_layers(tiny_native("mixtral")))
         for top_k in (0, 5):
