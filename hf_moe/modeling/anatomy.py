@@ -12,7 +12,7 @@ from .configuration import DecoderConfig
 from .feed_forwards.chain_of_experts import ChainOfExperts
 from .feed_forwards.moe import Moe
 from .feed_forwards.pooled_moe import PooledMoe
-from .native_layouts import NATIVE, UNSUPPORTED, NativeLayout
+from .native_layouts import NATIVE, SECOND_BLOCKS, UNSUPPORTED, NativeLayout
 from .routers.base import Router
 from .routers.frozen import Frozen
 from .routers.top_k import TopK
@@ -36,6 +36,7 @@ class MoeLayer:
         selection_bias: (E,) added to the scores for the choice only (aux-loss-free balancing), or None.
         interleaved: whether the rows (transposed: columns) of gate and up take turns in the fused weight (GPT-OSS).
         has_gate: whether the experts have a gate projection; without one the first weight is `up_proj` (Nemotron).
+        least_top_k: the smallest number of experts per token that the layer's code can run.
         later_gates: the routers of the second and later iterations over the same experts (`chain_of_experts`).
     """
 
@@ -53,6 +54,7 @@ class MoeLayer:
     later_gates: tuple[nn.Module, ...] = ()
     interleaved: bool = False
     has_gate: bool = True
+    least_top_k: int = 1
 
     @property
     def top_k(self) -> int:
@@ -63,13 +65,13 @@ class MoeLayer:
         """Let every token use so many experts from now on; the config keeps its own number.
 
         Raises:
-            ValueError: more than there are, or than the groups of a group-limited router hold; a router that does not
-                choose a fixed number.
+            ValueError: fewer than `least_top_k`, more than there are, or than the groups of a group-limited router
+                hold; a router that does not choose a fixed number.
         """
         gates: tuple[Any, ...] = tuple(map(_unwrapped, (self.gate, *self.later_gates)))
         most = min(map(self._most, gates))
-        if not 1 <= top_k <= most:
-            raise ValueError(f"top_k={top_k} must be 1 to {most}.")
+        if not self.least_top_k <= top_k <= most:
+            raise ValueError(f"top_k={top_k} must be {self.least_top_k} to {most}.")
         for gate in gates:
             gate.top_k = top_k
 
@@ -121,7 +123,7 @@ class MoeLayer:
         return halves | tensors
 
 
-BLOCKS_OF_NATIVES = {layout.block: layout for layout in NATIVE.values()}
+BLOCKS_OF_NATIVES = {layout.block: layout for layout in (*NATIVE.values(), *SECOND_BLOCKS)}
 
 
 def moe_layers(model: PreTrainedModel) -> Iterator[MoeLayer]:
@@ -170,19 +172,20 @@ def _our_layer(name: str, module: Moe | ChainOfExperts | PooledMoe, model: PreTr
     owner = module.expert_pool(decoder.shared) if isinstance(module, PooledMoe) else module
     gate, *later_gates = gates
     experts: Any = getattr(owner, module.experts_attribute)
+    router, stacks = _unwrapped(gate), _unwrapped(experts)
     return MoeLayer(
         name=name,
         module=module,
         gate=gate,
         experts=experts,
-        num_experts=experts.num_experts,
-        scoring=gate.scoring,
-        normalize=gate.normalize,
+        num_experts=stacks.num_experts,
+        scoring=router.scoring,
+        normalize=router.normalize,
         shared_experts=module.shared_expert,
-        selection_bias=gate.e_score_correction_bias,
-        num_zero_experts=gate.num_zero_experts,
+        selection_bias=router.e_score_correction_bias,
+        num_zero_experts=router.num_zero_experts,
         later_gates=tuple(later_gates),
-        has_gate=hasattr(_unwrapped(experts), "gate_up_proj"),
+        has_gate=hasattr(stacks, "gate_up_proj"),
     )
 
 
@@ -195,7 +198,9 @@ def _native_layer(name: str, module: nn.Module, layout: NativeLayout) -> MoeLaye
         module=module,
         gate=gate,
         experts=experts,
-        num_experts=router.num_experts if not layout.experts else stacks.num_experts,
+        num_experts=router.num_experts if not layout.experts else getattr(stacks, layout.num_experts),
+        num_zero_experts=getattr(stacks, layout.num_zero_experts) if layout.num_zero_experts else 0,
+        least_top_k=layout.least_top_k,
         scoring=layout.scoring,
         normalize=bool(router.norm_topk_prob) if layout.normalize is None else layout.normalize,
         transposed=bool(getattr(stacks, "is_transposed", False)),
@@ -210,7 +215,7 @@ def _bias(module: nn.Module, path: str | None) -> torch.Tensor | None:
     """The tensor at a path from a module, if its config has it."""
     found: Any = module
     for attribute in path.split(".") if path else ():
-        found = getattr(found, attribute, None)
+        found = getattr(_unwrapped(found), attribute, None)
     if not isinstance(found, torch.Tensor):
         return None
     return found if found.dim() == 1 else found.detach().flatten()  # Ernie's is (1, E); the same memory

@@ -18,6 +18,9 @@ class NativeLayout:
         bias: path from the block to the selection bias, which some configs switch off.
         gate: attribute of the block with the router.
         experts: attribute of the block with the experts; empty where the block holds their weights itself.
+        num_experts: attribute of the experts that says how many have parameters.
+        num_zero_experts: attribute of the experts that says how many have none, behind the others.
+        least_top_k: the smallest number of experts per token that its code can run.
     """
 
     block: str
@@ -27,6 +30,9 @@ class NativeLayout:
     bias: str | None = None
     gate: str = "gate"
     experts: str = "experts"
+    num_experts: str = "num_experts"
+    num_zero_experts: str | None = None
+    least_top_k: int = 1
 
 
 def like_deepseek_v3(block: str, shared: str | None = "shared_experts") -> NativeLayout:
@@ -46,6 +52,7 @@ NATIVE = {  # model type -> layout; the text models of composite types come unde
     "axk2": like_deepseek_v3("AXK2MoE"),
     "bailing_hybrid": like_deepseek_v3("BailingHybridMoE"),
     "beam": like_deepseek_v3("BeamMoE", shared=None),
+    "deepseek_ocr2": NativeLayout("DeepseekOcr2TextMoe", "softmax", False, "shared_experts"),
     "deepseek_v2": NativeLayout("DeepseekV2Moe", "softmax", False, "shared_experts"),
     "deepseek_v3": like_deepseek_v3("DeepseekV3MoE"),
     "deepseek_v32": like_deepseek_v3("DeepseekV32MoE"),
@@ -59,6 +66,8 @@ NATIVE = {  # model type -> layout; the text models of composite types come unde
     "flint": NativeLayout("FlintSparseMoeBlock", "sigmoid", None, "shared_expert"),
     "glm4_moe": like_deepseek_v3("Glm4MoeMoE"),
     "glm4_moe_lite": like_deepseek_v3("Glm4MoeLiteMoE"),
+    "glm4v_moe": like_deepseek_v3("Glm4vMoeTextMoE"),
+    "glm5_next": like_deepseek_v3("Glm5NextTextMoE"),
     "glm_moe_dsa": like_deepseek_v3("GlmMoeDsaMoE"),
     "gpt_oss": NativeLayout("GptOssMLP", "softmax_selected", True, gate="router"),
     "granitemoe": like_granite("GraniteMoeMoE"),
@@ -76,6 +85,16 @@ NATIVE = {  # model type -> layout; the text models of composite types come unde
     ),
     "laguna": NativeLayout("LagunaSparseMoeBlock", "sigmoid", True, "shared_experts", "gate.e_score_correction_bias"),
     "lfm2_moe": NativeLayout("Lfm2MoeSparseMoeBlock", "sigmoid", None, bias="expert_bias"),
+    "longcat_flash": NativeLayout(
+        "LongcatFlashMoE",
+        "softmax",
+        False,
+        bias="router.e_score_correction_bias",
+        gate="router",
+        num_experts="num_routed_experts",
+        num_zero_experts="zero_expert_num",
+        least_top_k=2,  # with 1, `squeeze(0)` in its experts takes the wrong dimension away (5.23)
+    ),
     "mellum": NativeLayout("MellumSparseMoeBlock"),
     "mimo_v2_flash": like_deepseek_v3("MiMoV2FlashMoE", shared=None),
     "minimax": NativeLayout("MiniMaxSparseMoeBlock", "softmax", True),
@@ -83,7 +102,10 @@ NATIVE = {  # model type -> layout; the text models of composite types come unde
     "minimax_m3_vl": NativeLayout(
         "MiniMaxM3VLSparseMoeBlock", "sigmoid", True, "shared_experts", "gate.e_score_correction_bias"
     ),
+    "mistral4": NativeLayout("Mistral4MoE", "softmax", None, "shared_experts"),
+    "mistral_large4": NativeLayout("MistralLarge4TextMoE", "softmax", True, "shared_experts"),
     "mixtral": NativeLayout("MixtralSparseMoeBlock", normalize=True),
+    "muse_spark": NativeLayout("MuseSparkMoE", "sigmoid", True, bias="gate.e_score_correction_bias"),
     "nemotron_h": like_deepseek_v3("NemotronHMoE"),
     "olmoe": NativeLayout("OlmoeSparseMoeBlock"),
     "qwen2_moe": NativeLayout("Qwen2MoeSparseMoeBlock", shared="shared_expert"),
@@ -94,31 +116,31 @@ NATIVE = {  # model type -> layout; the text models of composite types come unde
     "qwen3_vl_moe": NativeLayout("Qwen3VLMoeTextSparseMoeBlock", "softmax", True),
     "qwen4_exp": NativeLayout("Qwen4ExpTextSparseMoeBlock", shared="shared_expert"),
     "solar_open": like_deepseek_v3("SolarOpenMoE"),
+    "step3p7": NativeLayout(
+        "Step3p7SparseMoeBlock", "sigmoid", True, "shared_experts", "gate.e_score_correction_bias"
+    ),
     "unlimited_ocr": NativeLayout("UnlimitedOcrTextMoe", "softmax", False, "shared_experts"),
 }
 
+SECOND_BLOCKS = (  # of composite types in the table above
+    NativeLayout("Qwen3OmniMoeTalkerTextSparseMoeBlock", shared="shared_expert"),
+    NativeLayout("Dots3NoteVisionMoE", "sigmoid", True, bias="e_score_correction_bias"),
+)
+
 UNSUPPORTED = {  # model type -> why `moe_layers` refuses it
     "cohere2_moe": "its config chooses how experts are scored",
-    "dbrx": "its experts lie flattened in one matrix and its router returns dense weights",
-    "deepseek_ocr2": "it has not been run on a tiny model yet",
+    "dbrx": "its experts lie flattened in one matrix and its router returns logits only",
     "deepseek_v4": "its first layers route by a hash of the token, without scores",
-    "diffusion_gemma": "its router returns probabilities and its experts lie in the decoder layer",
+    "diffusion_gemma": "its router returns probabilities, and all layers read one number of experts from the config",
     "doge": "it retrieves experts by product keys",
     "ernie4_5_vl_moe": "it has a router and experts per modality",
-    "gemma4": "its router returns probabilities and its experts lie in the decoder layer",
-    "glm4v_moe": "it has not been run on a tiny model yet",
-    "glm5_next": "it has not been run on a tiny model yet",
+    "gemma4": "its router returns probabilities, and all layers read one number of experts from the config",
     "inkling": "its router weighs shared experts as well",
     "inkling2": "its scores are none of softmax and sigmoid",
     "llama4": "its router returns dense weights, and every expert runs on every token",
-    "longcat_flash": "half of its experts compute nothing, and its layers are double",
-    "mistral4": "it has not been run on a tiny model yet",
-    "mistral_large4": "it is composite and has not been described yet",
-    "muse_spark": "its experts have a norm behind them",
     "nllb_moe": "it is an encoder-decoder with capacity limits",
     "openai_privacy_filter": "it classifies tokens and scales its weights by the number of experts",
     "phimoe": "its router weighs by sparse mixing, not by scores",
-    "step3p7": "it has not been described yet",
     "switch_transformers": "it is an encoder-decoder with capacity limits",
     "zaya": "its router is a network of its own that skips experts",
 }

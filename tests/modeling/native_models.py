@@ -52,10 +52,24 @@ COMMON: dict[str, Any] = {
 LATENT = {"num_key_value_heads": 4, "head_dim": 4}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ["axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "mistral4"],
+        [
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "mistral_large4",
+        ],
         LATENT,
     ),
-    "glm5_next": {"num_key_value_heads": 4, "qk_rope_head_dim": 0},
+    "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
+    "glm5_next": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "mlp_layer_types": ["sparse", "sparse"]},
+    "longcat_flash": {**LATENT, "num_layers": 1, "zero_expert_num": 2, "expert_ffn_hidden_size": 16},
+    "mistral4": {**LATENT, "qk_nope_head_dim": 4},
+    "deepseek_ocr2": {**LATENT, "mlp_layer_types": ["sparse", "sparse"]},
+    "step3p7": {"mlp_layer_types": ["sparse", "sparse"], "sliding_window": 8},
     "dots3_note": {"num_key_value_heads": 4},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2},
     "beam": {"mlp_layer_types": ["sparse", "sparse"]},
@@ -64,6 +78,8 @@ OWN: dict[str, dict[str, Any]] = {
 }
 # without a class that a text model alone could be made of
 BY_CLASS = {
+    "deepseek_ocr2": "DeepseekOcr2TextModel",
+    "step3p7": "Step3p7TextModel",
     "unlimited_ocr": "UnlimitedOcrTextModel",
     "qwen3_omni_moe": "Qwen3OmniMoeThinkerTextModel",
 }

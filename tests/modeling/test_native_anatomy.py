@@ -10,6 +10,7 @@ import transformers
 
 from hf_moe import moe_layers
 from hf_moe.modeling import watch_routers
+from hf_moe.modeling.anatomy import BLOCKS_OF_NATIVES
 from hf_moe.modeling.expert_counts import counted_choices
 from hf_moe.modeling.native_layouts import NATIVE, UNSUPPORTED, table
 
@@ -36,7 +37,8 @@ def test_the_table_says_what_runs(kind):
     assert [call.layer.name for call in calls] == [layer.name for layer in layers]
     for call in calls:
         layer, logits = call.layer, call.logits.float()
-        assert logits.shape == (10, layer.num_experts) and call.indices.shape == (10, layer.top_k)
+        choices = layer.num_experts + layer.num_zero_experts
+        assert logits.shape == (10, choices) and call.indices.shape == (10, layer.top_k)
         assert call.context.shape == (2, 5)
         scores = logits.sigmoid() if layer.scoring == "sigmoid" else logits.softmax(-1)
         if layer.scoring == "softmax_selected":
@@ -46,16 +48,17 @@ def test_the_table_says_what_runs(kind):
         ratio = call.weights.float() / expected  # a family may scale them all
         torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), atol=1e-3, rtol=1e-3)
         if layer.selection_bias is not None:
-            assert layer.selection_bias.shape == (layer.num_experts,)
+            assert layer.selection_bias.shape == (choices,)
             ranking = (logits if kind == "kolibri1" else scores) + layer.selection_bias.float()
             assert torch.equal(ranking.topk(layer.top_k).indices.sort(-1).values, call.indices.sort(-1).values)
     for layer, args in zip([layer for layer in layers if layer.experts is not layer.module], sent):
         assert args[1].shape[1] == layer.top_k, layer.name
+    other = 1 if layers[0].least_top_k == 1 else 3
     for layer in layers:
-        layer.set_top_k(1)
+        layer.set_top_k(other)
     calls.clear()
     model(tokens, use_cache=False)
-    assert all(call.indices.shape == (10, 1) for call in calls)
+    assert calls and all(call.indices.shape == (10, other) for call in calls)
     for handle in handles:
         handle.remove()
 
@@ -140,6 +143,26 @@ def test_wrappers_hide_nothing():
     for layer in list(moe_layers(mixtral)):
         layer.module.__class__ = type("FSDPMixtralSparseMoeBlock", (type(layer.module),), {})
     assert len(list(moe_layers(mixtral))) == 2
+
+
+@NOISE
+def test_wrappers_hide_no_selection_bias_and_nothing_of_ours():
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from hf_moe.testing import tiny_config
+
+    def adapted(model, *names):
+        return get_peft_model(model, LoraConfig(target_modules=[], target_parameters=list(names)))
+
+    for layer in moe_layers(adapted(tiny_native("deepseek_v3"), "mlp.gate.weight")):
+        assert layer.selection_bias is not None
+    ours = adapted(AutoModelForCausalLM.from_config(tiny_config("hf_moe")), "mlp.gate.weight", "experts.gate_up_proj")
+    assert [(layer.scoring, layer.num_experts) for layer in moe_layers(ours)] == [("softmax", 4)] * 2
+
+
+def test_both_mixtures_of_a_composite_are_known():
+    assert {"Qwen3OmniMoeTalkerTextSparseMoeBlock", "Dots3NoteVisionMoE"} <= set(BLOCKS_OF_NATIVES)
 
 
 class TestErrors:
