@@ -15,7 +15,7 @@ from torch import nn
 from ..modeling.router_calls import CurrentRows
 from .peft_types import add_peft_type, register
 from .replacing import adapt
-from .routed_lora import check_linear, check_top_k, low_rank, router_weight, with_balance_loss
+from .routed_lora import RowsTuner, check_linear, check_top_k, low_rank, router_weight, with_balance_loss
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -30,7 +30,8 @@ class MixLoraConfig(LoraConfig):
 
     Args:
         target_modules: names of the feed-forwards (`mlp`) and of linear layers elsewhere; a name that is a
-            feed-forward with `gate_proj`, `up_proj`, `down_proj` and `act_fn` becomes a mixture.
+            feed-forward with `gate_proj`, `up_proj`, `down_proj` and `act_fn` becomes a mixture. Default: all of them,
+            and PEFT's linear layers for the model type.
         num_experts: n; the paper has 8.
         top_k: K; the paper has 2.
         router_aux_loss_coef: of Switch's balance loss, per feed-forward; the paper has 0.01.
@@ -57,12 +58,13 @@ class MixLora(nn.Module, BaseTunerLayer):
         *(f"lora_{side}_{name}" for name in PROJECTIONS for side in "AB"),
         "lora_router",
     )
-    other_param_names = ("r", "scaling", "lora_dropout")
+    other_param_names = ("configs", "r", "scaling", "lora_dropout")
 
     def __init__(self, base_layer: nn.Module, name: str, rows: CurrentRows) -> None:
         super().__init__()
         for projection in PROJECTIONS:
             check_linear(getattr(base_layer, projection), f"{name}.{projection}")
+        check_formula(base_layer, name)
         self.base_layer, self.rows, self.loss_share = base_layer, rows, 1.0
         self.configs: dict[str, MixLoraConfig] = {}
         self.r: dict[str, int] = {}
@@ -78,16 +80,15 @@ class MixLora(nn.Module, BaseTunerLayer):
         self.configs[adapter], self.r[adapter] = config, config.r
         self.scaling[adapter] = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
         self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        width = 0
         for projection in PROJECTIONS:
             base = self.projection(projection)
             a, b = self.matrices(projection)
             a[adapter] = low_rank(config.num_experts, config.r, base.in_features)
             b[adapter] = nn.Parameter(torch.zeros(config.num_experts, base.out_features, config.r))
-            width = width or base.in_features
         routers: Any = self.lora_router
-        routers[adapter] = router_weight(config.num_experts, width, config.router_init_range)
-        self.to(base.weight.device)
+        first = self.projection(PROJECTIONS[0])
+        routers[adapter] = router_weight(config.num_experts, first.in_features, config.router_init_range)
+        self._move_adapter_to_device_of_base_layer(adapter, first.weight.device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def projection(self, name: str) -> Any:
@@ -101,11 +102,12 @@ class MixLora(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D); with several active adapters, their updates add up."""
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.configs]
-        result = self.base_layer(x)
-        for adapter in active:
-            tokens = x.flatten(0, -2)
-            mixed = self.mixture(adapter, tokens).view_as(x).to(result.dtype)
-            result = mixed if len(active) == 1 else result + (mixed - self.base_layer(x))
+        mixed = [self.mixture(adapter, x.flatten(0, -2)).view_as(x) for adapter in active]
+        if len(mixed) == 1:
+            return mixed[0]
+        result = plain = self.base_layer(x)
+        for mixture in mixed:
+            result = result + (mixture - plain)
         return result
 
     def mixture(self, adapter: str, tokens: torch.Tensor) -> torch.Tensor:
@@ -117,7 +119,7 @@ class MixLora(nn.Module, BaseTunerLayer):
         coef = config.router_aux_loss_coef * self.loss_share if self.training else 0.0
         weights = with_balance_loss(top.softmax(-1), logits.softmax(-1), chosen, coef, self.rows)
         frozen = [self.projection(name)(tokens) for name in PROJECTIONS[:2]]
-        output = torch.zeros_like(tokens)
+        output = torch.zeros_like(tokens, dtype=frozen[0].dtype)
         act: Any = base.act_fn
         for expert in range(config.num_experts):
             token, slot = torch.where(chosen == expert)
@@ -144,16 +146,53 @@ class MixLora(nn.Module, BaseTunerLayer):
         """Nothing was merged."""
 
 
-class MixLoraModel(LoraModel):
+def check_formula(feed_forward: Any, name: str) -> None:
+    """Raise `ValueError` if a feed-forward computes something else than `down(act(gate x) * up x)`: multipliers of
+    Falcon-H1, sparse activations of Gemma 3n."""
+    weight = feed_forward.gate_proj.weight
+    if weight.is_meta or not weight.numel():  # offloaded or sharded: there is nothing to try it with
+        return
+    x = torch.randn(1, 2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    with torch.no_grad():
+        hidden = feed_forward.act_fn(feed_forward.gate_proj(x)) * feed_forward.up_proj(x)
+        expected, found = feed_forward(x), feed_forward.down_proj(hidden)
+    if not torch.allclose(expected, found, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
+        raise ValueError(
+            f"{name!r} ({type(feed_forward).__name__}) does not compute down_proj(act_fn(gate_proj(x)) * up_proj(x)), "
+            "which MixLoRA's experts do: leave it out of target_modules."
+        )
+
+
+class MixLoraModel(RowsTuner, LoraModel):
     """PEFT's LoRA, with `MixLora` for feed-forwards."""
 
     tuner_layer_cls = BaseTunerLayer
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        rows = CurrentRows()
-        rows.follow(model)
-        object.__setattr__(self, "rows", rows)  # before nn.Module's constructor, which PEFT's calls
-        super().__init__(model, *args, **kwargs)
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        chosen = peft_config.target_modules is not None
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        if not chosen:
+            peft_config.target_modules |= set(feed_forwards(self.model))
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Before anything is replaced: a mixture, or a word on why not.
+
+        Raises:
+            ValueError: the targets hold no feed-forward, or one and parts of it.
+        """
+        super()._prepare_model(peft_config, model)
+        possible = list(feed_forwards(model))
+        mixtures = [name for name in possible if self._check_target_module_exists(peft_config, name)]
+        if not mixtures:
+            raise ValueError(
+                f"target_modules={peft_config.target_modules} name no dense feed-forward, and this would be plain "
+                f"LoRA: add some of {possible} or 'mlp'; for linear layers alone take MolaConfig."
+            )
+        parts = [f"{name}.{part}" for name in mixtures for part in PROJECTIONS]
+        twice = [part for part in parts if self._check_target_module_exists(peft_config, part)]
+        if twice:
+            raise ValueError(f"target_modules name a feed-forward and parts of it, {twice}: leave out the parts.")
 
     def _create_and_replace(
         self,
@@ -173,9 +212,10 @@ class MixLoraModel(LoraModel):
 
 
 def feed_forwards(model: nn.Module) -> Iterator[str]:
-    """Names of the feed-forwards that MixLoRA can make a mixture of; those of shared experts are not."""
+    """Names of the feed-forwards that MixLoRA can make a mixture of, or has; those of experts are not."""
     for name, module in model.named_modules():
-        if all(hasattr(module, part) for part in (*PROJECTIONS, "act_fn")) and "shared_expert" not in name:
+        dense = all(hasattr(module, part) for part in (*PROJECTIONS, "act_fn")) and "expert" not in name
+        if isinstance(module, MixLora) or (dense and not name.endswith(".base_layer")):
             yield name
 
 

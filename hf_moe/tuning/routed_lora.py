@@ -64,7 +64,7 @@ def check_top_k(top_k: int, number: int, of: str) -> None:
 class RoutedLora(nn.Module, BaseTunerLayer):
     """A linear layer with an update that depends on the token; methods say which."""
 
-    other_param_names = ("r", "scaling", "lora_dropout")
+    other_param_names = ("configs", "r", "scaling", "lora_dropout")
 
     def __init__(self, base_layer: nn.Module, name: str, rows: CurrentRows) -> None:
         super().__init__()
@@ -162,17 +162,27 @@ def router_weight(number: int, width: int, std: float = 0.02) -> nn.Parameter:
     return nn.Parameter(torch.randn(number, width) * std)
 
 
-class RoutedLoraModel(BaseTuner):
+class RowsTuner(BaseTuner):
+    """A tuner whose layers know the rows of the current forward pass, and with them what is padding."""
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        rows = CurrentRows()
+        # before nn.Module's constructor, which PEFT's calls
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "rows_hook", rows.follow(model))
+        super().__init__(model, *args, **kwargs)
+
+    def unload(self) -> nn.Module:
+        """The model as it was."""
+        self.rows_hook.remove()
+        return super().unload()
+
+
+class RoutedLoraModel(RowsTuner):
     """PEFT's tuner for routed adapters."""
 
     layer_class: ClassVar[type[RoutedLora]]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        rows = CurrentRows()
-        rows.follow(model)
-        object.__setattr__(self, "rows", rows)  # before nn.Module's constructor, which PEFT's calls
-        super().__init__(model, *args, **kwargs)
 
     def _create_and_replace(
         self,
@@ -192,7 +202,7 @@ def set_accumulation(model: nn.Module, steps: int) -> None:
     """Tell routed adapters how many micro-batches make an optimizer step, so that their balance losses are averaged.
 
     The loss of every micro-batch counts 1 unless this is called: call it with `gradient_accumulation_steps` before
-    training.
+    training. Train with bf16, not fp16, whose loss scale these losses do not pass.
     """
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1.")

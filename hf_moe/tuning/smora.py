@@ -20,9 +20,9 @@ from .routed_lora import RoutedLora, RoutedLoraConfig, RoutedLoraModel, check_to
 class SmoraConfig(RoutedLoraConfig):
     """`y = W x + s B diag(m(x)) A x`, where m chooses K of the r ranks; s = lora_alpha / r.
 
-    `m_i = g_i` for the K ranks with the largest `score_i + b_i`, 0 for the others. The biases b are moved by
-    `SmoraBalancing`, without a loss. From the abstract; that s divides by all ranks, so that K = r with gates of 1 is
-    plain LoRA, is our choice.
+    `m_i = g_i` for the K ranks with the largest `(W_r x + b)_i`, 0 for the others; g is made of `W_r x` without b. The
+    biases b are moved by `SmoraBalancing`, without a loss. From the abstract; that s divides by all ranks, so that
+    K = r with gates of 1 is plain LoRA, is our choice.
 
     Args:
         r: all ranks; the paper has 64.
@@ -48,7 +48,7 @@ class Smora(RoutedLora):
     """A (r, D), B (O, r), router (r, D) and its selection bias (r,), which no optimizer sees."""
 
     adapter_layer_names = ("smora_A", "smora_B", "smora_gate")
-    other_param_names = (*RoutedLora.other_param_names, "smora_bias")
+    other_param_names = (*RoutedLora.other_param_names, "smora_bias", "loads")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -75,11 +75,16 @@ class Smora(RoutedLora):
         sigmoid = config.scoring == "sigmoid"
         scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
         bias: Any = self.smora_bias[adapter]
-        chosen = (scores + bias).topk(config.top_k, dim=-1).indices
+        chosen = (logits + bias).topk(config.top_k, dim=-1).indices
         self.count(adapter, chosen)
         weights = scores.gather(1, chosen) if sigmoid else logits.gather(1, chosen).softmax(-1)
         weights = self.balanced(adapter, weights, scores, chosen)
         return torch.zeros_like(scores).scatter(1, chosen, weights)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        bias: Any = self.smora_bias
+        bias[adapter_name] = bias[adapter_name].float()  # steps of 0.001 are lost in 16 bits
 
     @torch.no_grad()
     def count(self, adapter: str, chosen: torch.Tensor) -> None:

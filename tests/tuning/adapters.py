@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTrainedModel
 
 from hf_moe.testing import tiny_config
 from hf_moe.tuning import EsftConfig, HydraLoraConfig, MixLoraConfig, MolaConfig, SmoraConfig, lora_config
@@ -25,7 +25,7 @@ OURS = ["hf_moe", "rmoe"]
 
 
 def base(kind: str = "qwen3_moe") -> PreTrainedModel:
-    """A tiny mixture, native or ours."""
+    """A tiny mixture, native or ours, or a dense Llama."""
     if kind in STOCK:
         return mixture_model(kind, num_hidden_layers=2)
     torch.manual_seed(0)
@@ -33,6 +33,9 @@ def base(kind: str = "qwen3_moe") -> PreTrainedModel:
         sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
         model = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **heads))
+    elif kind == "llama":
+        sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, num_attention_heads=2))
     else:
         moe = {"type": "moe", "num_experts": 4, "router": {"type": "top_k", "top_k": 2}}
         moe["experts"] = {"type": "swiglu", "intermediate_size": 16}
@@ -43,6 +46,11 @@ def base(kind: str = "qwen3_moe") -> PreTrainedModel:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
+
+
+def home(kind: str, model: str = "qwen3_moe") -> str:
+    """What an adapter is tried on: a mixture, but MixLoRA makes one of a dense model."""
+    return "llama" if kind == "mix_lora" else model
 
 
 def subset(model: Any) -> dict[str, list[int]]:
@@ -100,7 +108,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
         expected = load_file(path)
-        model = AutoModelForCausalLM.from_pretrained(path.parent / "base")
+        model = AutoModelForCausalLM.from_pretrained(path.parent / f"base_{home(path.stem)}")
         loaded = PeftModel.from_pretrained(model, path.parent / path.stem).eval()
         error = (logits(loaded, expected["tokens"]) - expected["logits"]).abs().max().item()
         print(path.stem, error)

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parent))
 import adapters
-from adapters import CANNOT_MERGE, KINDS, adapted, base, logits
+from adapters import CANNOT_MERGE, KINDS, adapted, base, home, logits
 
 BASES = ["qwen3_moe", "hf_moe"]
 
@@ -21,7 +21,7 @@ BASES = ["qwen3_moe", "hf_moe"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model", [*BASES, "deepseek_v3", "gpt_oss", "rmoe"])
 def test_identity_at_first_and_never_without_training(kind, model):
-    plain = base(model)
+    plain = base(home(kind, model))
     expected = logits(plain)
     wrapped = adapted(kind, plain, seed=None)
     torch.testing.assert_close(logits(wrapped), expected, atol=1e-5, rtol=1e-5)
@@ -52,9 +52,11 @@ def test_merged_equals_unmerged(kind, model):
 
 
 def test_adapters_reload_in_a_fresh_process(tmp_path):
-    base().save_pretrained(tmp_path / "base")
+    for model in ("qwen3_moe", "llama"):
+        base(model).save_pretrained(tmp_path / f"base_{model}")
     for kind in KINDS:
-        wrapped = adapted(kind, type(base()).from_pretrained(tmp_path / "base"))
+        folder = tmp_path / f"base_{home(kind)}"
+        wrapped = adapted(kind, type(base(home(kind))).from_pretrained(folder))
         wrapped.save_pretrained(tmp_path / kind)
         save_file({"tokens": adapters.tokens(), "logits": logits(wrapped)}, tmp_path / f"{kind}.safetensors")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -66,21 +68,21 @@ def test_adapters_reload_in_a_fresh_process(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_adapter_is_saved(kind, tmp_path):
-    wrapped = adapted(kind, base())
+    wrapped = adapted(kind, base(home(kind)))
     wrapped.save_pretrained(tmp_path)
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     stored = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert trained * 4 <= stored <= trained * 4 + 20_000
-    again = PeftModel.from_pretrained(base(), tmp_path).eval()
+    again = PeftModel.from_pretrained(base(home(kind)), tmp_path).eval()
     assert torch.equal(logits(again), logits(wrapped))
     assert not any(p.requires_grad for p in again.parameters())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_adapters_take_turns(kind, tmp_path):
-    wrapped = adapted(kind, base())
+    wrapped = adapted(kind, base(home(kind)))
     first = logits(wrapped)
-    wrapped.add_adapter("other", KINDS[kind](base()))
+    wrapped.add_adapter("other", KINDS[kind](base(home(kind))))
     wrapped.set_adapter("other")
     adapters.disturb(wrapped, seed=2)
     second = logits(wrapped.eval())
@@ -93,7 +95,7 @@ def test_two_adapters_take_turns(kind, tmp_path):
 @pytest.mark.parametrize("model", BASES)
 def test_a_trainer_trains_it_alone(kind, model, tmp_path):
     torch.manual_seed(0)
-    network = base(model)
+    network = base(home(kind, model))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     wrapped = get_peft_model(network, KINDS[kind](network))
     rows = [{"input_ids": row, "labels": row} for row in adapters.tokens().tolist()] * 4
@@ -123,7 +125,7 @@ def test_a_trainer_trains_it_alone(kind, model, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16(kind):
-    network = base().to(torch.bfloat16)
+    network = base(home(kind)).to(torch.bfloat16)
     wrapped = get_peft_model(network, KINDS[kind](network)).train()
     output = wrapped(input_ids=adapters.tokens(), labels=adapters.tokens(), use_cache=False)
     output.loss.backward()

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 
+from hf_moe.modeling.router_calls import CurrentRows
 from hf_moe.tuning import HydraLoraConfig, MixLoraConfig, MolaConfig, SmoraBalancing, SmoraConfig, set_accumulation
 from hf_moe.tuning.mix_lora import MixLora, feed_forwards
 from hf_moe.tuning.smora import Smora
@@ -35,7 +37,6 @@ class Toy(nn.Module):
 
 def layer(config, target: str = "linear"):
     """An adapted layer of the toy, trained so to say, in float64; PEFT itself is tested elsewhere."""
-    from hf_moe.modeling.router_calls import CurrentRows
     from hf_moe.tuning.hydra_lora import HydraLora
     from hf_moe.tuning.mola import Mola
 
@@ -75,7 +76,7 @@ def test_smora(scoring):
     def formula(x):
         z = gate @ x
         scores = z.sigmoid() if scoring == "sigmoid" else z.softmax(0)
-        ranks = sorted(range(4), key=lambda i: -(scores[i] + bias[i]).item())[:2]
+        ranks = sorted(range(4), key=lambda i: -(z[i] + bias[i]).item())[:2]
         total = sum(z[i].exp() for i in ranks)
         y = made.base_layer(x)
         for i in ranks:
@@ -223,6 +224,61 @@ def test_smora_balances_its_ranks_without_a_loss():
         callback.on_train_begin(None, None, None, llama())
 
 
+@pytest.mark.parametrize("kind", ["smora", "hydra", "mola", "mix_lora"])
+def test_adapters_come_and_go(kind, tmp_path):
+    wrapped = adapters.adapted(kind, adapters.base(adapters.home(kind)))
+    first = adapters.logits(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    spare = PeftModel.from_pretrained(adapters.base(adapters.home(kind)), tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(adapters.logits(spare), first)
+    wrapped.add_adapter("other", adapters.KINDS[kind](adapters.base(adapters.home(kind))))
+    wrapped.set_adapter("other")
+    adapters.logits(wrapped.train())
+    with pytest.warns(UserWarning, match="Setting active adapter to default"):
+        wrapped.delete_adapter("other")
+    assert torch.equal(adapters.logits(wrapped.eval()), first)
+    SmoraBalancing().on_optimizer_step(None, None, None, wrapped)  # counts of a deleted adapter are gone
+    assert not any(module._forward_pre_hooks for module in wrapped.unload().modules())
+
+
+@pytest.mark.parametrize("kind", ["smora", "hydra", "mola", "mix_lora"])
+def test_transformers_own_interface(kind, tmp_path):
+    network = adapters.base(adapters.home(kind))
+    plain = adapters.logits(network)
+    network.add_adapter(adapters.KINDS[kind](network))
+    adapters.disturb(network)
+    trained = adapters.logits(network.eval())
+    network.save_pretrained(tmp_path)
+    loaded = adapters.base(adapters.home(kind))
+    loaded.load_adapter(tmp_path)
+    assert torch.equal(adapters.logits(loaded.eval()), trained)
+    loaded.disable_adapters()
+    torch.testing.assert_close(adapters.logits(loaded), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_the_bias_of_smora_is_saved_in_float32(tmp_path):
+    torch.manual_seed(0)
+    config = SmoraConfig(r=4, top_k=1, target_modules=["q_proj"])
+    wrapped = get_peft_model(llama().bfloat16(), config, autocast_adapter_dtype=False)
+    made = next(module for module in wrapped.modules() if isinstance(module, Smora))
+    made.smora_bias["default"] += torch.tensor([1.0, 1.001, 2.002, 0])
+    wrapped.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama(), tmp_path)
+    loaded = next(module for module in again.modules() if isinstance(module, Smora))
+    assert torch.equal(loaded.smora_bias["default"], torch.tensor([1.0, 1.001, 2.002, 0]))
+
+
+def test_mix_lora_finds_the_feed_forwards():
+    wrapped = get_peft_model(llama(), MixLoraConfig(r=2))
+    assert sum(isinstance(module, MixLora) for module in wrapped.modules()) == 2
+    assert {
+        "q_proj",
+        "v_proj",
+        "model.layers.0.mlp",
+        "model.layers.1.mlp",
+    } == wrapped.active_peft_config.target_modules
+
+
 def test_layers_of_mola():
     config = MolaConfig(num_experts=[2, 4, 6, 8], num_layers=32)
     assert [config.experts_in(layer) for layer in (0, 7, 8, 16, 31)] == [2, 2, 4, 6, 8]
@@ -250,7 +306,22 @@ class TestErrors:
     def test_merging(self):
         for kind in ("smora", "hydra", "mola", "mix_lora"):
             with pytest.raises(ValueError, match="it cannot be merged"):
-                adapters.adapted(kind, adapters.base()).merge_and_unload()
+                adapters.adapted(kind, adapters.base(adapters.home(kind))).merge_and_unload()
+
+    @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+    def test_no_feed_forward(self, targets):
+        with pytest.raises(ValueError, match=r"no dense feed-forward.*plain LoRA: add some of \['model.layers.0.mlp'"):
+            get_peft_model(llama(), MixLoraConfig(target_modules=targets))
+
+    def test_parts_of_a_feed_forward(self):
+        with pytest.raises(ValueError, match=r"and parts of it, \['model.layers.0.mlp.up_proj'"):
+            get_peft_model(llama(), MixLoraConfig(target_modules=["mlp", "up_proj"]))
+
+    def test_a_feed_forward_with_another_formula(self):
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+        odd = Gemma3nTextMLP(Gemma3nTextConfig(**sizes, activation_sparsity_pattern=[0.5]), 0)
+        with pytest.raises(ValueError, match=r"'mlp' \(Gemma3nTextMLP\) does not compute down_proj"):
+            MixLora(odd, "mlp", CurrentRows())
 
     def test_targets(self):
         with pytest.raises(ValueError, match="no linear layer: leave it out of target_modules"):
