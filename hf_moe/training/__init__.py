@@ -11,4 +11,5 @@ from .restore import RestoreExperts, restore_experts
 from .routing_metrics import RoutingMetrics, routing_metrics
 from .routing_replay import RoutingReplay
 from .schedules import PoolSchedule, TopKSchedule
+from .spikes import SkipsSpikes, SpikeSkipping
 from .warm_up import warm_up_folder, warm_up_routers, write_routers
