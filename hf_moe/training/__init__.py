@@ -7,6 +7,7 @@ from .learning_rates import WithSchedule, get_power_schedule, get_wsdc_schedule,
 from .load_balancing import CountsAhead, LoadBalancing
 from .muon import Muon, MuonForMixtures
 from .parameters import GroupedAdamW, group_of_each, parameter_groups, routers_in_fp32, train_only
+from .qk_clip import QKClip
 from .restore import RestoreExperts, restore_experts
 from .routing_metrics import RoutingMetrics, routing_metrics
 from .routing_replay import RoutingReplay
