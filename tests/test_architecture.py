@@ -32,7 +32,7 @@ MAY_IMPORT = {  # package -> packages of ours it may import
 LEVELS = [  # inside modeling: a module imports lower levels only
     {
         *{"layers", "cache", "context", "packing", "ops", "losses", "controllers", "parts", "feature_maps"},
-        *{"generation", "native_layouts"},
+        *{"generation", "native_layouts", "divergence"},
     },
     {"routers", "experts"},
     {"mixers"},

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ..modeling.configuration import DecoderConfig
+from ..modeling.divergence import divergence
 from ..modeling.model import DecoderForCausalLM, model_classes
 
 
@@ -59,28 +60,6 @@ class ThorConfig(DecoderConfig):
             "stochastic": {**block, "feed_forward": experts},
             "dense": {**block, "feed_forward": {"type": "ungated_mlp", **layer}},
         }
-
-
-def thor_consistency_loss(
-    logits: torch.Tensor,
-    other_logits: torch.Tensor,
-    counted: torch.Tensor,
-    num_items: torch.Tensor | int | None = None,
-) -> torch.Tensor:
-    """THOR's consistency loss: the mean over tokens of `(KL(p || q) + KL(q || p)) / 2`, p and q the predictions.
-
-    0 where both passes say the same; there is no upper bound. The released code sums over tokens, as it does with the
-    cross-entropy, and divides both by their number at the optimizer step.
-
-    Args:
-        logits: (B, T, V); other_logits: the same of the other pass.
-        counted: (B, T) True where a label is predicted.
-        num_items: labels of the whole optimizer step; by default those of this call.
-    """
-    p, q = logits.float().log_softmax(-1), other_logits.float().log_softmax(-1)
-    divergence = 0.5 * ((p.exp() - q.exp()) * (p - q)).sum(-1)
-    total = (divergence * counted).sum()
-    return total / (counted.sum().clamp(min=1) if num_items is None else num_items)
 
 
 ThorModel, _, ThorForSequenceClassification, ThorForTokenClassification = model_classes("Thor", ThorConfig)
@@ -134,8 +113,9 @@ class ThorForCausalLM(DecoderForCausalLM):
         shifted = kwargs.get("shift_labels")
         if shifted is None:
             shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
-        consistency = thor_consistency_loss(
-            outputs.logits, second.logits, shifted.to(second.logits.device) != -100, kwargs.get("num_items_in_batch")
-        )
+        counted = shifted.to(second.logits.device) != -100
+        # the released code sums over tokens, as with the cross-entropy, and divides both by their number at the step
+        items = kwargs.get("num_items_in_batch")
+        consistency = divergence("symmetric_kl", outputs.logits, second.logits, counted, items)
         outputs.loss = outputs.loss + second.loss + self.config.consistency_loss_coef * consistency
         return outputs

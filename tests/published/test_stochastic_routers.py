@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_moe import SmoeDropoutForCausalLM, ThorForCausalLM
-from hf_moe.architectures.thor import thor_consistency_loss
 from hf_moe.modeling.context import ForwardContext
+from hf_moe.modeling.divergence import divergence
 from hf_moe.testing import tiny_config
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -200,9 +200,9 @@ def test_thor_evaluates_in_one_pass():
 
 def test_thor_consistency_loss_at_its_corners():
     logits, counted = torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.bool)
-    assert thor_consistency_loss(logits, logits, counted) == 0
+    assert divergence("symmetric_kl", logits, logits, counted) == 0
     p, q = torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]).mul(torch.tensor(3.0).log())
     # 1/2, 1/2 against 1/4, 3/4: (1/4 log 2 + 1/4 log 3/2) / 2
     wanted = 0.5 * 0.25 * (torch.tensor(2.0).log() + torch.tensor(1.5).log())
-    torch.testing.assert_close(thor_consistency_loss(p, q, counted[:1, :1]), wanted)
-    assert thor_consistency_loss(p, q, counted[:1, :1] & False) == 0
+    torch.testing.assert_close(divergence("symmetric_kl", p, q, counted[:1, :1]), wanted)
+    assert divergence("symmetric_kl", p, q, counted[:1, :1] & False) == 0
