@@ -54,7 +54,7 @@ def divergence(
     temperature: float = 1.0,
 ) -> torch.Tensor:
     """Mean over the counted tokens of a divergence, times the temperature squared (Hinton, so that the size of the
-    gradient stays); in float32.
+    gradient stays); in float32 or better.
 
     Args:
         name: in `DIVERGENCES`.
@@ -63,6 +63,7 @@ def divergence(
         num_items: counted tokens of the whole optimizer step; by default those of this call.
         temperature: both logits are divided by it.
     """
-    pair = (x[counted].float().div(temperature).log_softmax(-1) for x in (logits, other_logits))
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    pair = (x[counted].to(precise).div(temperature).log_softmax(-1) for x in (logits, other_logits))
     total = DIVERGENCES[name](*pair).sum() * temperature**2
     return total / (counted.sum().clamp(min=1) if num_items is None else num_items)

@@ -2,6 +2,8 @@
 
 from .balancing import BiasBalancing, count_ahead, empty_loads, update_biases
 from .checkpoint_merging import merge_checkpoints, merge_coefficients
+from .consistency import TwoPasses
+from .distillation import Distillation, Distills
 from .faults import ReportNaN
 from .learning_rates import WithSchedule, get_power_schedule, get_wsdc_schedule, power_rate
 from .load_balancing import CountsAhead, LoadBalancing
@@ -12,5 +14,6 @@ from .restore import RestoreExperts, restore_experts
 from .routing_metrics import RoutingMetrics, routing_metrics
 from .routing_replay import RoutingReplay
 from .schedules import PoolSchedule, TopKSchedule
+from .slimming import neuron_sensitivity, slim_experts
 from .spikes import SkipsSpikes, SpikeSkipping
 from .warm_up import warm_up_folder, warm_up_routers, write_routers

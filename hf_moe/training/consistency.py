@@ -29,7 +29,8 @@ class TwoPasses(OwnLoss):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.model.config.model_type == "thor":
+        network: Any = self.model
+        if network.config.model_type == "thor":
             raise ValueError("ThorForCausalLM runs twice by itself: use Trainer without TwoPasses.")
 
     def training_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
