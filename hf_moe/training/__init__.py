@@ -15,5 +15,6 @@ from .routing_metrics import RoutingMetrics, routing_metrics
 from .routing_replay import RoutingReplay
 from .schedules import PoolSchedule, TopKSchedule
 from .slimming import neuron_sensitivity, slim_experts
+from .sparse_pretraining import SparsePretraining, average_parameter_count
 from .spikes import SkipsSpikes, SpikeSkipping
 from .warm_up import warm_up_folder, warm_up_routers, write_routers
