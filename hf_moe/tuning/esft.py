@@ -117,6 +117,8 @@ class EsftConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("esft")
+        # the order of the rows in every tensor; published selections are ordered by score
+        self.experts = {name: sorted(set(experts)) for name, experts in self.experts.items()}
         self.target_modules = sorted(self.experts)
 
 

@@ -5,6 +5,7 @@ DeepSeek's repository keeps what was trained under the names of the base model's
 frozen is not saved (deepseek-ai/ESFT, `esft.py`: frozen parameters become non-persistent buffers).
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,10 @@ def import_esft(folder: str | Path, out: str | Path, base: Base) -> Path:
     if not files or not (folder / SELECTION).is_file():
         raise ValueError(f"{folder}: holds no safetensors files beside {SELECTION}.")
     found = {key: tensor for file in files for key, tensor in load_file(file).items()}
-    chosen = load_selection(model, folder / SELECTION)
+    chosen = {name: sorted(experts) for name, experts in load_selection(model, folder / SELECTION).items()}
+    others = json.loads((folder / SELECTION).read_text())
+    if whole := [key for key in ("shared_experts", "non_expert_modules") if others.get(key)]:
+        raise ValueError(f"{folder}: trained {whole[0]} too, for which an adapter of routed experts has no place.")
     written = {}
     for names in names_in_files(model)[0]:
         experts = chosen.get(names.module, [])

@@ -37,6 +37,8 @@ class ExpertLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("expert_lora")
+        # the order of the rows in every tensor
+        self.experts = {name: ids if ids is None else sorted(set(ids)) for name, ids in self.experts.items()}
         unfit = {"use_dora": self.use_dora, "lora_bias": self.lora_bias}
         for name, value in unfit.items():
             if value:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
@@ -17,12 +16,12 @@ from torch import nn
 from ..modeling.losses import switch_loss
 from ..modeling.ops.injection import inject
 from ..modeling.router_calls import CurrentRows
-from .peft_types import add_peft_type
 from .replacing import adapt
+from .targets import TargetsConfig
 
 
 @dataclass
-class RoutedLoraConfig(PeftConfig):
+class RoutedLoraConfig(TargetsConfig):
     """Options of all routed adapters; methods add theirs.
 
     Args:
@@ -33,14 +32,6 @@ class RoutedLoraConfig(PeftConfig):
         router_aux_loss_coef: of the balance loss, per adapted layer; see `set_accumulation`.
     """
 
-    method: ClassVar[str] = ""
-
-    target_modules: list[str] | str | None = field(default=None, metadata={"help": "Linear layers to adapt."})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Linear layers to leave alone."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Numbers of layers."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Other modules that train whole."})
-    bias: str = field(default="none", metadata={"help": "Not used; PEFT asks for it."})
     r: int = field(default=8, metadata={"help": "Rank."})
     lora_alpha: float = field(default=16, metadata={"help": "The update is multiplied by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the update."})
@@ -48,9 +39,6 @@ class RoutedLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = add_peft_type(self.method)
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # pyright: ignore[reportAttributeAccessIssue] - as PEFT's
         if self.r < 1 or self.router_aux_loss_coef < 0:
             raise ValueError(f"r={self.r} must be at least 1, router_aux_loss_coef={self.router_aux_loss_coef} 0.")
 

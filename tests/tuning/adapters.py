@@ -3,18 +3,30 @@
 `python adapters.py FOLDER`: for each `<kind>.safetensors` (tokens and expected logits) loads base and adapter.
 """
 
+import copy
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTrainedModel
 
 from hf_moe.testing import tiny_config
-from hf_moe.tuning import EsftConfig, HydraLoraConfig, MixLoraConfig, MolaConfig, SmoraConfig, lora_config
+from hf_moe.tuning import (
+    EsftConfig,
+    HydraLoraConfig,
+    MixLoraConfig,
+    MolaConfig,
+    PstConfig,
+    RamtConfig,
+    ScalearnConfig,
+    SmoraConfig,
+    lora_config,
+)
 from hf_moe.tuning.expert_subset import expert_modules
 from hf_moe.tuning.mix_lora import feed_forwards
 
@@ -58,6 +70,17 @@ def subset(model: Any) -> dict[str, list[int]]:
     return {name: [0, 2] for name in expert_modules(model)}
 
 
+def trained_sources(model: Any) -> list[str]:
+    """Folders of two LoRA adapters for a model."""
+    folders = []
+    for seed in range(2):
+        wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=2 + seed, lora_alpha=16, target_modules=MIXER))
+        disturb(wrapped, seed + 5)
+        wrapped.save_pretrained(folder := tempfile.mkdtemp())
+        folders.append(folder)
+    return folders
+
+
 KINDS: dict[str, Callable[[Any], PeftConfig]] = {
     "lora_all": lambda model: lora_config(model, verbose=False, init_lora_weights=True),
     "lora_subset": lambda model: lora_config(model, [0, 2], rank=3, lora_alpha=5, verbose=False),
@@ -73,6 +96,9 @@ KINDS: dict[str, Callable[[Any], PeftConfig]] = {
     "mix_lora": lambda model: MixLoraConfig(
         r=2, target_modules=[*MIXER, *feed_forwards(model)], num_experts=3, lora_dropout=0.1
     ),
+    "pst": lambda model: PstConfig(r=2, target_modules=[*MIXER, *subset(model)]),
+    "scalearn": lambda model: ScalearnConfig(sources=trained_sources(model)),
+    "ramt": lambda model: RamtConfig(target_modules=[*MIXER, *subset(model)]),
 }
 MIXER = ["q_proj", "o_proj"]
 CANNOT_MERGE = {"smora", "smora_sigmoid", "hydra", "mola", "mix_lora"}

@@ -10,7 +10,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_moe import lora_config, moe_layers
-from hf_moe.tuning import export_adapter, export_esft, import_adapter, import_esft
+from hf_moe.tuning import (
+    EsftConfig,
+    ExpertLoraConfig,
+    ExpertWeave,
+    export_adapter,
+    export_esft,
+    import_adapter,
+    import_esft,
+    save_selection,
+)
+from hf_moe.tuning.expert_subset import expert_modules
 
 sys.path.insert(0, str(Path(__file__).parent))
 import adapters
@@ -165,6 +175,31 @@ def test_esft_files(kind, tmp_path):
     torch.testing.assert_close(adapters.logits(PeftModel.from_pretrained(model, back)), adapters.logits(merged))
 
 
+@pytest.mark.parametrize("kind", ["esft", "lora"])
+def test_experts_in_any_order(kind, tmp_path):
+    """Published selections are ordered by score, not by number."""
+    model = adapters.base()
+    experts = {name: [3, 1] for name in expert_modules(model)}
+    if kind == "esft":
+        config = EsftConfig(experts=experts, task_type="CAUSAL_LM")
+    else:
+        config = ExpertLoraConfig(experts=experts, target_modules=list(experts), r=2, init_lora_weights=False)
+    wrapped = get_peft_model(model, config)
+    adapters.disturb(wrapped)
+    expected = adapters.logits(wrapped.eval())
+    wrapped.save_pretrained(tmp_path / "saved")
+    export, imported = (export_esft, import_esft) if kind == "esft" else (export_adapter, import_adapter)
+    out = export(tmp_path / "saved", tmp_path / "out", model.config)
+    if kind == "esft":
+        save_selection(experts, out / "expert_cfg.json")  # as others would have written it
+    back = imported(out, tmp_path / "back", model.config)
+    torch.testing.assert_close(adapters.logits(PeftModel.from_pretrained(adapters.base(), back).eval()), expected)
+    if kind == "esft":
+        woven = ExpertWeave(adapters.base(), {"x": tmp_path / "saved"})
+        with woven.use(["x"]):
+            torch.testing.assert_close(adapters.logits(woven.model), expected)
+
+
 class TestErrors:
     def test_export(self, tmp_path):
         model, saved = make("qwen3_moe", tmp_path, "all")
@@ -182,3 +217,8 @@ class TestErrors:
             export_esft(saved, tmp_path / "x", model)
         with pytest.raises(ValueError, match=r"holds no safetensors files beside expert_cfg.json"):
             import_esft(tmp_path, tmp_path / "x", model)
+        adapters.adapted("esft", model).save_pretrained(tmp_path / "esft")
+        out = export_esft(tmp_path / "esft", tmp_path / "out", model.config)
+        save_selection({"layers.1": [0, 2]}, out / "expert_cfg.json", shared_experts=True)
+        with pytest.raises(ValueError, match="trained shared_experts too"):
+            import_esft(out, tmp_path / "x", model.config)
