@@ -1,12 +1,13 @@
 """One small view of the MoE layers of any supported model, ours or native: what all tools are written against."""
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration import DecoderConfig
 from .feed_forwards.chain_of_experts import ChainOfExperts
@@ -29,7 +30,8 @@ class MoeLayer:
         experts: the stacked experts. Layers that share a pool (`pooled_moe`) each yield the same module.
         num_experts: routed experts E.
         num_zero_experts: experts without parameters that the router chooses among too, behind the others.
-        scoring: `softmax` over all experts, `softmax_selected` over the chosen ones, or `sigmoid`.
+        scoring: `softmax` over all experts, `softmax_selected` over the chosen ones, `sigmoid`, `score_fn` (the gate's
+            own function) or `sparse_mixer` (Phi-3.5).
         normalize: whether the chosen weights are divided by their sum.
         transposed: whether expert weights are stored (in, out) instead of (out, in).
         shared_experts: what every token passes through beside them, or None.
@@ -37,6 +39,10 @@ class MoeLayer:
         interleaved: whether the rows (transposed: columns) of gate and up take turns in the fused weight (GPT-OSS).
         has_gate: whether the experts have a gate projection; without one the first weight is `up_proj` (Nemotron).
         least_top_k: the smallest number of experts per token that the layer's code can run.
+        most_top_k: the largest, where that is not all.
+        top_k_at: path from `module` to where the number is kept, where that is not the gate's `top_k`.
+        learns_choice: False where a token's id decides, not the router (DeepSeek-V4's first layers).
+        whole_layer: whether `module` is the whole decoder layer, attention included (Gemma 4).
         later_gates: the routers of the second and later iterations over the same experts (`chain_of_experts`).
     """
 
@@ -55,11 +61,18 @@ class MoeLayer:
     interleaved: bool = False
     has_gate: bool = True
     least_top_k: int = 1
+    most_top_k: int | None = None
+    top_k_at: str | None = None
+    learns_choice: bool = True
+    whole_layer: bool = False
 
     @property
     def top_k(self) -> int:
         """Experts per token, as the next forward pass will use it."""
-        return _unwrapped(self.gate).top_k
+        if self.top_k_at is None:
+            return unwrapped(self.gate).top_k
+        owner, name = _place(self.module, self.top_k_at)
+        return getattr(owner, name)
 
     def set_top_k(self, top_k: int) -> None:
         """Let every token use so many experts from now on; the config keeps its own number.
@@ -68,10 +81,15 @@ class MoeLayer:
             ValueError: fewer than `least_top_k`, more than there are, or than the groups of a group-limited router
                 hold; a router that does not choose a fixed number.
         """
-        gates: tuple[Any, ...] = tuple(map(_unwrapped, (self.gate, *self.later_gates)))
-        most = min(map(self._most, gates))
+        gates: tuple[Any, ...] = tuple(map(unwrapped, (self.gate, *self.later_gates)))
+        if not self.learns_choice:
+            raise ValueError(f"The router of {self.name!r} looks experts up by token: their number cannot be set.")
+        most = min([*map(self._most, gates), self.most_top_k or self.num_experts + self.num_zero_experts])
         if not self.least_top_k <= top_k <= most:
             raise ValueError(f"top_k={top_k} must be {self.least_top_k} to {most}.")
+        if self.top_k_at is not None:
+            _set_own(self.module, self.top_k_at, top_k)
+            return
         for gate in gates:
             gate.top_k = top_k
 
@@ -94,7 +112,11 @@ class MoeLayer:
         Raises:
             ValueError: experts that are not stacks of plain feed-forwards.
         """
-        experts = _unwrapped(self.experts)
+        experts = unwrapped(self.experts)
+        if hasattr(experts, "mlp") and hasattr(experts.mlp, "w1"):  # DBRX
+            flat = (getattr(experts.mlp, name).data for name in ("w1", "v1", "w2"))
+            gate, up, down = (part.view(self.num_experts, -1, experts.hidden_size)[expert] for part in flat)
+            return {"gate_proj": gate, "up_proj": up, "down_proj": down.mT}
         if hasattr(experts, "input_linear"):
             stacks = {"first": experts.input_linear.weight, "down_proj": experts.output_linear.weight}
         else:
@@ -138,9 +160,32 @@ def moe_layers(model: PreTrainedModel) -> Iterator[MoeLayer]:
             yield _our_layer(name, module, model)
         elif not ours and (layout := _layout_of(module)) is not None:
             found = True
+            if layout.needs and not getattr(module, layout.needs):
+                continue
             yield _native_layer(name, module, layout)
     if not ours and not found:
         _check_type(model.config.model_type)
+
+
+SELECTIONS = {"softmax": "softmax_selected", "sigmoid": "sigmoid"}  # Cohere 2's `expert_selection_fn`
+
+
+def _place(module: Any, path: str) -> tuple[Any, str]:
+    """The object that holds what a path from a module leads to, and its name there."""
+    *steps, name = path.split(".")
+    for step in steps:
+        module = getattr(unwrapped(module), step)
+    return module, name
+
+
+def _set_own(module: nn.Module, path: str, value: int) -> None:
+    """Set a number at a path; a config on the way, which other layers read too, is copied first."""
+    owner, name = _place(module, path)
+    if isinstance(owner, PreTrainedConfig):
+        holder, attribute = _place(module, path.rpartition(".")[0])
+        owner = copy(owner)
+        setattr(unwrapped(holder), attribute, owner)
+    setattr(owner, name, value)
 
 
 def _layout_of(module: nn.Module) -> NativeLayout | None:
@@ -149,7 +194,7 @@ def _layout_of(module: nn.Module) -> NativeLayout | None:
     return next((layout for layout in found if layout is not None), None)
 
 
-def _unwrapped(module: Any) -> Any:
+def unwrapped(module: Any) -> Any:
     """What PEFT's wrappers are around: they hide the attributes of experts and routers."""
     while hasattr(module, "base_layer"):
         module = module.base_layer
@@ -172,7 +217,7 @@ def _our_layer(name: str, module: Moe | ChainOfExperts | PooledMoe, model: PreTr
     owner = module.expert_pool(decoder.shared) if isinstance(module, PooledMoe) else module
     gate, *later_gates = gates
     experts: Any = getattr(owner, module.experts_attribute)
-    router, stacks = _unwrapped(gate), _unwrapped(experts)
+    router, stacks = unwrapped(gate), unwrapped(experts)
     return MoeLayer(
         name=name,
         module=module,
@@ -192,7 +237,7 @@ def _our_layer(name: str, module: Moe | ChainOfExperts | PooledMoe, model: PreTr
 def _native_layer(name: str, module: nn.Module, layout: NativeLayout) -> MoeLayer:
     gate: Any = module.get_submodule(layout.gate)
     experts: Any = module.get_submodule(layout.experts)
-    router, stacks = _unwrapped(gate), _unwrapped(experts)
+    router, stacks = unwrapped(gate), unwrapped(experts)
     return MoeLayer(
         name=name,
         module=module,
@@ -201,9 +246,13 @@ def _native_layer(name: str, module: nn.Module, layout: NativeLayout) -> MoeLaye
         num_experts=router.num_experts if not layout.experts else getattr(stacks, layout.num_experts),
         num_zero_experts=getattr(stacks, layout.num_zero_experts) if layout.num_zero_experts else 0,
         least_top_k=layout.least_top_k,
-        scoring=layout.scoring,
+        most_top_k=layout.most_top_k,
+        top_k_at=layout.top_k,
+        learns_choice=not hasattr(router, "tid2eid"),
+        whole_layer=layout.whole_layer,
+        scoring=layout.scoring or SELECTIONS[router.expert_selection_fn],
         normalize=bool(router.norm_topk_prob) if layout.normalize is None else layout.normalize,
-        transposed=bool(getattr(stacks, "is_transposed", False)),
+        transposed=bool(getattr(stacks, "is_transposed", False) if layout.transposed is None else layout.transposed),
         interleaved=not getattr(stacks, "is_concatenated", True),
         has_gate=bool(getattr(stacks, "has_gate", True)),
         shared_experts=getattr(module, layout.shared, None) if layout.shared else None,
@@ -215,7 +264,7 @@ def _bias(module: nn.Module, path: str | None) -> torch.Tensor | None:
     """The tensor at a path from a module, if its config has it."""
     found: Any = module
     for attribute in path.split(".") if path else ():
-        found = getattr(_unwrapped(found), attribute, None)
+        found = getattr(unwrapped(found), attribute, None)
     if not isinstance(found, torch.Tensor):
         return None
     return found if found.dim() == 1 else found.detach().flatten()  # Ernie's is (1, E); the same memory

@@ -12,7 +12,8 @@ class NativeLayout:
 
     Args:
         block: class name of the sparse feed-forward.
-        scoring: `softmax` over all experts, `softmax_selected` over the chosen ones, or `sigmoid`.
+        scoring: `softmax` over all experts, `softmax_selected` over the chosen ones, `sigmoid`, `score_fn` (a function
+            that the gate has from its config) or `sparse_mixer`; None: the gate's `expert_selection_fn` says.
         normalize: whether the chosen weights are divided by their sum; None: the gate's `norm_topk_prob` says.
         shared: attribute of the block with the shared experts, which some configs switch off.
         bias: path from the block to the selection bias, which some configs switch off.
@@ -21,10 +22,15 @@ class NativeLayout:
         num_experts: attribute of the experts that says how many have parameters.
         num_zero_experts: attribute of the experts that says how many have none, behind the others.
         least_top_k: the smallest number of experts per token that its code can run.
+        most_top_k: the largest, if that is not all.
+        top_k: where the number of experts per token is read from: path from the block.
+        transposed: whether expert weights are stored (in, out); None: the experts' `is_transposed` says.
+        needs: attribute of the block that is false where a layer is dense.
+        whole_layer: whether the block is the whole decoder layer, attention included.
     """
 
     block: str
-    scoring: str = "softmax"
+    scoring: str | None = "softmax"
     normalize: bool | None = None
     shared: str | None = None
     bias: str | None = None
@@ -33,6 +39,11 @@ class NativeLayout:
     num_experts: str = "num_experts"
     num_zero_experts: str | None = None
     least_top_k: int = 1
+    most_top_k: int | None = None
+    top_k: str | None = None
+    transposed: bool | None = None
+    needs: str | None = None
+    whole_layer: bool = False
 
 
 def like_deepseek_v3(block: str, shared: str | None = "shared_experts") -> NativeLayout:
@@ -52,18 +63,36 @@ NATIVE = {  # model type -> layout; the text models of composite types come unde
     "axk2": like_deepseek_v3("AXK2MoE"),
     "bailing_hybrid": like_deepseek_v3("BailingHybridMoE"),
     "beam": like_deepseek_v3("BeamMoE", shared=None),
+    "cohere2_moe": NativeLayout("Cohere2MoeSparseMoeBlock", None, None, "shared_experts"),
+    "dbrx": NativeLayout("DbrxFFN", "softmax", True, gate="router", top_k="top_k"),
     "deepseek_ocr2": NativeLayout("DeepseekOcr2TextMoe", "softmax", False, "shared_experts"),
     "deepseek_v2": NativeLayout("DeepseekV2Moe", "softmax", False, "shared_experts"),
     "deepseek_v3": like_deepseek_v3("DeepseekV3MoE"),
     "deepseek_v32": like_deepseek_v3("DeepseekV32MoE"),
+    "deepseek_v4": NativeLayout(
+        "DeepseekV4SparseMoeBlock", "score_fn", True, "shared_experts", "gate.e_score_correction_bias"
+    ),
     "dots1": like_deepseek_v3("Dots1MoE"),
     "dots3_note": like_deepseek_v3("Dots3NoteTextMoE"),
     "ernie4_5_moe": NativeLayout(
         "Ernie4_5_MoeSparseMoeBlock", "softmax", True, "shared_experts", "gate.moe_statics.e_score_correction_bias"
     ),
+    "ernie4_5_vl_moe": NativeLayout(  # one block for text, one for images
+        "Ernie4_5_VLMoeSparseMoeBlock", "softmax", True, bias="gate.moe_statics.e_score_correction_bias"
+    ),
     "exaone_moe": like_deepseek_v3("ExaoneMoeSparseMoEBlock"),
     "flex_olmo": NativeLayout("FlexOlmoSparseMoeBlock"),
     "flint": NativeLayout("FlintSparseMoeBlock", "sigmoid", None, "shared_expert"),
+    "gemma4": NativeLayout(
+        "Gemma4TextDecoderLayer",
+        "softmax",
+        True,
+        "mlp",
+        gate="router",
+        top_k="router.config.top_k_experts",
+        needs="enable_moe_block",
+        whole_layer=True,
+    ),
     "glm4_moe": like_deepseek_v3("Glm4MoeMoE"),
     "glm4_moe_lite": like_deepseek_v3("Glm4MoeLiteMoE"),
     "glm4v_moe": like_deepseek_v3("Glm4vMoeTextMoE"),
@@ -77,6 +106,8 @@ NATIVE = {  # model type -> layout; the text models of composite types come unde
     "hunyuan_v1_moe": NativeLayout("HunYuanMoEV1Moe", "softmax", True, "shared_mlp"),
     "hy_v3": NativeLayout("HYV3MoE", "sigmoid", True, "shared_experts", "e_score_correction_bias"),
     "hy_v4": like_deepseek_v3("HYV4MoE"),
+    "inkling": NativeLayout("InklingMoE", "sigmoid", False, "shared_experts", "gate.e_score_correction_bias"),
+    "inkling2": NativeLayout("Inkling2SparseMoeBlock", "score_fn", True, bias="gate.e_score_correction_bias"),
     "jamba": NativeLayout("JambaSparseMoeBlock", "softmax", False, gate="router"),
     "jetmoe": NativeLayout("JetMoeMoE", "softmax_selected", True, gate="router", experts=""),
     "kimi_linear": like_deepseek_v3("KimiLinearMoE"),
@@ -85,6 +116,7 @@ NATIVE = {  # model type -> layout; the text models of composite types come unde
     ),
     "laguna": NativeLayout("LagunaSparseMoeBlock", "sigmoid", True, "shared_experts", "gate.e_score_correction_bias"),
     "lfm2_moe": NativeLayout("Lfm2MoeSparseMoeBlock", "sigmoid", None, bias="expert_bias"),
+    "llama4": NativeLayout("Llama4TextMoe", "sigmoid", False, "shared_expert", gate="router", transposed=True),
     "longcat_flash": NativeLayout(
         "LongcatFlashMoE",
         "softmax",
@@ -108,6 +140,8 @@ NATIVE = {  # model type -> layout; the text models of composite types come unde
     "muse_spark": NativeLayout("MuseSparkMoE", "sigmoid", True, bias="gate.e_score_correction_bias"),
     "nemotron_h": like_deepseek_v3("NemotronHMoE"),
     "olmoe": NativeLayout("OlmoeSparseMoeBlock"),
+    "openai_privacy_filter": NativeLayout("OpenAIPrivacyFilterMLP", "softmax_selected", True, gate="router"),
+    "phimoe": NativeLayout("PhimoeSparseMoeBlock", "sparse_mixer", False, gate="router", least_top_k=2, most_top_k=2),
     "qwen2_moe": NativeLayout("Qwen2MoeSparseMoeBlock", shared="shared_expert"),
     "qwen3_5_moe": NativeLayout("Qwen3_5MoeSparseMoeBlock", "softmax", True, "shared_expert"),
     "qwen3_moe": NativeLayout("Qwen3MoeSparseMoeBlock"),
@@ -128,19 +162,9 @@ SECOND_BLOCKS = (  # of composite types in the table above
 )
 
 UNSUPPORTED = {  # model type -> why `moe_layers` refuses it
-    "cohere2_moe": "its config chooses how experts are scored",
-    "dbrx": "its experts lie flattened in one matrix and its router returns logits only",
-    "deepseek_v4": "its first layers route by a hash of the token, without scores",
-    "diffusion_gemma": "its router returns probabilities, and all layers read one number of experts from the config",
+    "diffusion_gemma": "it denoises with an encoder and a decoder",
     "doge": "it retrieves experts by product keys",
-    "ernie4_5_vl_moe": "it has a router and experts per modality",
-    "gemma4": "its router returns probabilities, and all layers read one number of experts from the config",
-    "inkling": "its router weighs shared experts as well",
-    "inkling2": "its scores are none of softmax and sigmoid",
-    "llama4": "its router returns dense weights, and every expert runs on every token",
     "nllb_moe": "it is an encoder-decoder with capacity limits",
-    "openai_privacy_filter": "it classifies tokens and scales its weights by the number of experts",
-    "phimoe": "its router weighs by sparse mixing, not by scores",
     "switch_transformers": "it is an encoder-decoder with capacity limits",
     "zaya": "its router is a network of its own that skips experts",
 }
@@ -152,7 +176,8 @@ def table() -> str:
     rows.append("| --- | --- | --- | --- | --- | --- | --- |")
     for name, layout in sorted(NATIVE.items()):
         normalized = {None: "`norm_topk_prob`", True: "yes", False: "no"}[layout.normalize]
-        cells = [f"`{name}`", f"`{layout.block}`", f"`{layout.gate}`", layout.scoring, normalized]
+        scoring = layout.scoring or "`expert_selection_fn`"
+        cells = [f"`{name}`", f"`{layout.block}`", f"`{layout.gate}`", scoring, normalized]
         cells += [f"`{path}`" if path else "" for path in (layout.shared, layout.bias)]
         rows.append("| " + " | ".join(cells) + " |")
     rows += ["", "| not supported | for |", "| --- | --- |"]

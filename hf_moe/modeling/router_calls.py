@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .anatomy import MoeLayer, moe_layers
+from .anatomy import MoeLayer, moe_layers, unwrapped
 from .context import NO_CONTEXT, ForwardContext
 from .ops.recomputation import is_recomputed
 from .packing import find_segments, padding_mask
@@ -78,6 +78,10 @@ def watch_routers(model: Any, watcher: Watcher) -> list[Any]:
     rows = CurrentRows()
     handles = [rows.follow(model)]
     for layer in moe_layers(model):
+        if type(unwrapped(layer.gate)).__name__ == "DbrxRouter":
+            raise ValueError(
+                "DBRX's router returns logits only, and its block makes weights of them: it cannot be watched."
+            )
         for gate in (layer.gate, *layer.later_gates):
             handles.append(gate.register_forward_hook(_hook(layer, watcher, rows), prepend=True))
     return handles
@@ -150,6 +154,12 @@ def read_gate(gate: nn.Module, output: Any) -> GateOutput:
         return GateOutput(output.logits, output.weights, output.indices)
     if type(gate).__name__ == "JetMoeTopKGating":
         return _read_sorted(output)
+    if type(gate).__name__ == "Llama4Router":  # weights of all experts, 0 for those not chosen
+        weights, logits = output
+        indices = logits.topk(gate.top_k, dim=-1).indices
+        return GateOutput(logits, weights.gather(1, indices), indices)
+    if type(gate).__name__ == "Gemma4TextRouter":  # probabilities
+        return GateOutput(output[0].log(), *output[1:])
     if isinstance(output, tuple) and len(output) >= 3 and output[1].shape == output[2].shape:
         return GateOutput(*output[:3])
     raise TypeError(f"{type(gate).__name__} does not return (logits, weights, indices): its calls cannot be read.")
@@ -162,6 +172,11 @@ def replace_in(gate: nn.Module, output: Any, logits: torch.Tensor, weights: torc
     if type(gate).__name__ == "JetMoeTopKGating":
         order, tokens, _, sizes, _ = output
         return order, tokens, weights.flatten()[order], sizes, logits
+    if type(gate).__name__ == "Llama4Router":
+        indices = output[1].topk(gate.top_k, dim=-1).indices
+        return torch.zeros_like(output[0]).scatter(1, indices, weights), logits
+    if type(gate).__name__ == "Gemma4TextRouter":
+        return (logits.exp(), weights, *output[2:])
     return (logits, weights, *output[2:])
 
 
@@ -176,8 +191,10 @@ def _read_sorted(output: tuple[Any, ...]) -> GateOutput:
 
 
 def scores(call: RouterCall) -> torch.Tensor:
-    """(N, E) what the router gave every expert, in float32: softmax over all of them, or sigmoid."""
+    """(N, E) what the router gave every expert, in float32: softmax over all of them, sigmoid, or its own function."""
     logits = call.logits.float()
     if isinstance(getattr(call.gate, "scores", None), Callable):
         return call.gate.scores(call.logits)  # pyright: ignore[reportCallIssue] - ours
+    if call.layer.scoring == "score_fn":
+        return call.gate.score_fn(logits)  # pyright: ignore[reportCallIssue]
     return logits.sigmoid() if call.layer.scoring == "sigmoid" else logits.softmax(-1)

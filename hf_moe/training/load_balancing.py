@@ -98,7 +98,9 @@ class NativeTerm:
 
     def deliver(self, call: RouterCall) -> tuple[torch.Tensor, torch.Tensor] | None:
         """After every call of a router, and after it has been counted."""
-        if not (call.gate.training and torch.is_grad_enabled() and call.logits.requires_grad):
+        if not (
+            call.layer.learns_choice and call.gate.training and torch.is_grad_enabled() and call.logits.requires_grad
+        ):
             return None
         context = replace(call.context, token_mask=call.token_mask)
         balance = BALANCE_LOSSES[self.loss](

@@ -82,7 +82,9 @@ def lora_config(
 
 def linear_layers(model: Any) -> dict[str, list[str]]:
     """Names of the linear layers but the output head: of `router`, `feed_forward` and `mixer`."""
-    sparse = [layer.name for layer in moe_layers(model)]
+    names = {module: name for name, module in model.named_modules()}
+    sparse = [layer.name for layer in moe_layers(model) if not layer.whole_layer]
+    sparse += [names[layer.gate] for layer in moe_layers(model) if layer.whole_layer]
     routers = list(router_names(model))
     head = model.get_output_embeddings()
     found: dict[str, list[str]] = {"router": [], "feed_forward": [], "mixer": []}

@@ -73,6 +73,23 @@ OWN: dict[str, dict[str, Any]] = {
     "dots3_note": {"num_key_value_heads": 4},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2},
     "beam": {"mlp_layer_types": ["sparse", "sparse"]},
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 128,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"], "layer_types": ["sliding_attention", "sliding_attention"]},
+    "ernie4_5_vl_moe": {
+        "moe_intermediate_size": [16, 16],
+        "moe_num_experts": 4,
+        "mlp_layer_types": ["sparse", "sparse"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    },
+    "gemma4": {"enable_moe_block": True, "top_k_experts": 2, "layer_types": ["full_attention", "full_attention"]},
+    "llama4": {"moe_layers": [0, 1], "intermediate_size_mlp": 32},
     "flint": {"mlp_only_layers": []},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
 }
@@ -82,12 +99,14 @@ BY_CLASS = {
     "step3p7": "Step3p7TextModel",
     "unlimited_ocr": "UnlimitedOcrTextModel",
     "qwen3_omni_moe": "Qwen3OmniMoeThinkerTextModel",
+    "ernie4_5_vl_moe": "Ernie4_5_VLMoeTextModel",
+    "inkling": "InklingForCausalLM",
 }
 
 
 def tiny_native(kind: str, **overrides: Any) -> Any:
     """The causal language model of a type, or of the text model within it."""
-    config = AutoConfig.for_model(kind)
+    config = AutoConfig.for_model({"inkling": "inkling_mm_model"}.get(kind, kind))
     text = config.get_text_config()
     wanted = {**COMMON, **OWN.get(kind, {}), **overrides}
     fields = {name: value for name, value in wanted.items() if name in names_of(text)}

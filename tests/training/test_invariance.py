@@ -133,3 +133,36 @@ class TestErrors:
     def test_negative_coefficients(self):
         with pytest.raises(ValueError, match=r"z_loss_coef=-1 must be at least 0"):
             invariance.LoadBalancing("switch", 0.1, -1)
+
+
+@pytest.mark.allow_warnings("")  # families tell about their own missing kernels
+@pytest.mark.parametrize("kind", ["llama4", "gemma4", "deepseek_v4", "cohere2_moe"])
+def test_gates_of_their_own_kind(kind):
+    """The gradient of the balance loss goes through whatever a gate returns; looked-up choices have none."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "modeling"))
+    from native_models import tiny_native
+
+    from hf_moe.modeling import watch_routers
+    from hf_moe.training import LoadBalancing
+
+    def network():
+        return tiny_native(kind, vocab_size=256).train()
+
+    data, calls, reference = balance.rows(), [], network()
+    torch.manual_seed(1)
+    actual = balance.with_trainer(network(), data, callbacks=[LoadBalancing("switch", 0.7)])
+    watch_routers(reference, calls.append)
+    torch.manual_seed(1)
+    batch = balance.default_data_collator(list(data))
+    total = reference(**batch, use_cache=False).loss
+    for call in calls:
+        if call.layer.learns_choice:
+            own = call.gate.score_fn(call.logits) if call.layer.scoring == "score_fn" else call.logits.softmax(-1)
+            values = call.logits.sigmoid() if call.layer.scoring == "sigmoid" else own
+            shares = values / values.sum(-1, keepdim=True)
+            counts = torch.bincount(call.indices.flatten(), minlength=shares.shape[1])
+            total = total + 0.7 * shares.shape[1] * (counts / counts.sum() * shares.mean(0)).sum()
+    total.backward()
+    expected = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, atol=2e-5, rtol=1e-3, msg=name)
