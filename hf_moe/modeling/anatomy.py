@@ -244,7 +244,7 @@ def _native_layer(name: str, module: nn.Module, layout: NativeLayout) -> MoeLaye
         gate=gate,
         experts=experts,
         num_experts=router.num_experts if not layout.experts else getattr(stacks, layout.num_experts),
-        num_zero_experts=getattr(stacks, layout.num_zero_experts) if layout.num_zero_experts else 0,
+        num_zero_experts=_number(stacks, layout.num_zero_experts),
         least_top_k=layout.least_top_k,
         most_top_k=layout.most_top_k,
         top_k_at=layout.top_k,
@@ -258,6 +258,11 @@ def _native_layer(name: str, module: nn.Module, layout: NativeLayout) -> MoeLaye
         shared_experts=getattr(module, layout.shared, None) if layout.shared else None,
         selection_bias=_bias(module, layout.bias),
     )
+
+
+def _number(stacks: Any, given: str | int | None) -> int:
+    """A number that is given, or the name of an attribute that has it."""
+    return getattr(stacks, given) if isinstance(given, str) else given or 0
 
 
 def _bias(module: nn.Module, path: str | None) -> torch.Tensor | None:

@@ -20,7 +20,7 @@ class NativeLayout:
         gate: attribute of the block with the router.
         experts: attribute of the block with the experts; empty where the block holds their weights itself.
         num_experts: attribute of the experts that says how many have parameters.
-        num_zero_experts: attribute of the experts that says how many have none, behind the others.
+        num_zero_experts: how many have none, behind the others, or the attribute of the experts that says so.
         least_top_k: the smallest number of experts per token that its code can run.
         most_top_k: the largest, if that is not all.
         top_k: where the number of experts per token is read from: path from the block.
@@ -37,7 +37,7 @@ class NativeLayout:
     gate: str = "gate"
     experts: str = "experts"
     num_experts: str = "num_experts"
-    num_zero_experts: str | None = None
+    num_zero_experts: str | int | None = None
     least_top_k: int = 1
     most_top_k: int | None = None
     top_k: str | None = None
@@ -154,6 +154,9 @@ NATIVE = {  # model type -> layout; the text models of composite types come unde
         "Step3p7SparseMoeBlock", "sigmoid", True, "shared_experts", "gate.e_score_correction_bias"
     ),
     "unlimited_ocr": NativeLayout("UnlimitedOcrTextMoe", "softmax", False, "shared_experts"),
+    "zaya": NativeLayout(
+        "ZayaSparseMoeBlock", "softmax", False, bias="gate.balancing_biases", num_zero_experts=1, most_top_k=1
+    ),
 }
 
 SECOND_BLOCKS = (  # of composite types in the table above
@@ -166,7 +169,6 @@ UNSUPPORTED = {  # model type -> why `moe_layers` refuses it
     "doge": "it retrieves experts by product keys",
     "nllb_moe": "it is an encoder-decoder with capacity limits",
     "switch_transformers": "it is an encoder-decoder with capacity limits",
-    "zaya": "its router is a network of its own that skips experts",
 }
 
 

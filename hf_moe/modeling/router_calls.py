@@ -158,6 +158,8 @@ def read_gate(gate: nn.Module, output: Any) -> GateOutput:
         weights, logits = output
         indices = logits.topk(gate.top_k, dim=-1).indices
         return GateOutput(logits, weights.gather(1, indices), indices)
+    if type(gate).__name__ == "ZayaRouter":  # a token that skips the experts stands there as expert 0 with weight 0
+        return GateOutput(output[0], output[1], output[2].masked_fill(output[1] == 0, gate.num_experts))
     if type(gate).__name__ == "Gemma4TextRouter":  # probabilities
         return GateOutput(output[0].log(), *output[1:])
     if isinstance(output, tuple) and len(output) >= 3 and output[1].shape == output[2].shape:

@@ -88,8 +88,15 @@ OWN: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["sparse", "sparse"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
     },
-    "gemma4": {"enable_moe_block": True, "top_k_experts": 2, "layer_types": ["full_attention", "full_attention"]},
+    "gemma4": {
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+        "layer_types": ["full_attention", "full_attention"],
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": 256,
+    },
     "llama4": {"moe_layers": [0, 1], "intermediate_size_mlp": 32},
+    "zaya": {"num_experts_per_tok": 1},
     "flint": {"mlp_only_layers": []},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
 }
