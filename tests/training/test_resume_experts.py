@@ -70,8 +70,8 @@ def test_load_best_model_at_end(kind, tmp_path):
 def test_shards(tmp_path):
     """The experts of a layer may lie in several files."""
     whole, other = native("qwen3_moe"), native("qwen3_moe", seed=1)
-    whole.save_pretrained(tmp_path / "checkpoint-2", max_shard_size="4KB")
-    assert len(list((tmp_path / "checkpoint-2").glob("*.safetensors"))) > 8
+    whole.save_pretrained(tmp_path / "checkpoint-2", max_shard_size="24KB")
+    assert len(list((tmp_path / "checkpoint-2").glob("*.safetensors"))) > 3
     test_resume.trainer(other, tmp_path, callbacks("qwen3_moe"))._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
     for (name, expected), actual in zip(whole.state_dict().items(), other.state_dict().values()):
         assert torch.equal(actual, expected), name

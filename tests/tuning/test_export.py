@@ -37,7 +37,7 @@ def make(kind: str, folder: Path, form: str, **options) -> tuple[torch.nn.Module
         targets = [
             f"{name}.{stack}" for name in names for stack in options.pop("order", ("gate_up_proj", "down_proj"))
         ]
-        config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=targets, **options)
+        config = LoraConfig(r=3, lora_alpha=5, target_modules=["o_proj"], target_parameters=targets, **options)
     else:
         config = lora_config(model, [0, 2] if form == "subset" else "all", rank=3, verbose=False, **options)
     wrapped = get_peft_model(model, config)
@@ -115,8 +115,8 @@ def test_ranks_and_scales_that_differ(form, tmp_path):
         options["rank_per_layer"] = {1: 5}
     else:
         options |= {
-            "alpha_pattern": {"q_proj": 11},
-            "rank_pattern": {"q_proj": 6},
+            "alpha_pattern": {"o_proj": 11},
+            "rank_pattern": {"o_proj": 6},
             "order": ("down_proj", "gate_up_proj"),
         }
     model, saved = make("qwen3_moe", tmp_path, form, **options)
