@@ -6,20 +6,18 @@ ESFT (https://arxiv.org/abs/2407.01906). Letters: L MoE layers, E experts, S sel
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from tqdm import tqdm
 
 from ..modeling import RouterCall, moe_layers, watched_routers
 from .expert_subset import ExpertSubset, expert_modules
 from .peft_types import add_peft_type, register
-from .replacing import adapt
+from .replacing import OneKindTuner
 
 Scores = dict[str, torch.Tensor]  # name of the MoE layer -> (E,)
 
@@ -187,28 +185,11 @@ class EsftExperts(ExpertSubset):
         yield from zip(self.experts_of[adapter], self.originals.pop((adapter, stack)))
 
 
-class EsftModel(BaseTuner):
+class EsftModel(OneKindTuner):
     """PEFT's tuner for `EsftConfig`."""
 
     prefix = "esft_"
-    tuner_layer_cls = EsftExperts
-    target_module_mapping: dict[str, list[str]] = {}
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: Any,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        make = partial(EsftExperts, name=current_key)
-        adapt(self, make, EsftExperts, target, target_name, parent, adapter_name, peft_config)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # PEFT's looks for a `weight`
+    tuner_layer_cls = layer_class = EsftExperts
 
 
 def save_selection(experts: Mapping[str, Sequence[int]], path: str | Path, **others: Any) -> None:

@@ -14,11 +14,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..modeling import moe_layers
+from .replacing import StandsIn
 
 FIRST = {True: "gate_up_proj", False: "up_proj"}  # whether there is a gate -> the first stack
 
 
-class ExpertSubset(nn.Module, BaseTunerLayer):
+class ExpertSubset(StandsIn):
     """Stands in for the experts of a layer; methods say what an adapted expert computes and how it is merged.
 
     Attributes:
@@ -32,15 +33,6 @@ class ExpertSubset(nn.Module, BaseTunerLayer):
         self.experts_of: dict[str, list[int]] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-
-    def __getattr__(self, name: str) -> Any:
-        """What tools read from experts, such as `num_experts`, is the base's."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
 
     @property
     def stacks(self) -> tuple[str, str]:

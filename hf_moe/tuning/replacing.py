@@ -1,9 +1,54 @@
 """What all our tuners do with a module that they adapt."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
+
+
+class StandsIn(nn.Module, BaseTunerLayer):
+    """A layer around another, which is asked for whatever this one has not, such as `num_experts`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+
+class OneKindTuner(BaseTuner):
+    """A tuner that puts layers of one class in the place of its targets."""
+
+    layer_class: ClassVar[type[nn.Module]]
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def make(self, base_layer: nn.Module, name: str) -> nn.Module:
+        """A layer around a module of that name."""
+        return self.layer_class(base_layer, name)
+
+    def settings(self, peft_config: Any, name: str) -> tuple[Any, ...]:
+        """What `update_layer` takes beside the adapter's name."""
+        return (peft_config,)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        make, settings = partial(self.make, name=current_key), self.settings(peft_config, current_key)
+        adapt(self, make, self.layer_class, target, target_name, parent, adapter_name, *settings)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # PEFT's looks for a `weight`
 
 
 def adapt(

@@ -5,18 +5,17 @@ is held once more in memory for the backward pass. Letters: E experts, A rows an
 """
 
 from collections.abc import Iterator
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from torch.func import functional_call
 from transformers import TrainerCallback
 
 from .expert_subset import FIRST, check_experts
-from .replacing import adapt
+from .replacing import OneKindTuner, StandsIn
 from .routed_lora import check_linear
 
 SLOTS: tuple[str, ...] = (
@@ -25,7 +24,7 @@ SLOTS: tuple[str, ...] = (
 )  # of stacked experts: what reads and what writes; a linear layer has the first only
 
 
-class Reweighted(nn.Module, BaseTunerLayer):
+class Reweighted(StandsIn):
     """Stands in for a layer; methods say what becomes of its weights.
 
     Attributes:
@@ -48,15 +47,6 @@ class Reweighted(nn.Module, BaseTunerLayer):
         self.kept: dict[str, torch.Tensor] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-
-    def __getattr__(self, name: str) -> Any:
-        """What tools read from a layer, such as `num_experts`, is the base's."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
 
     def update_layer(self, adapter: str, config: Any) -> None:
         """Add an adapter that changes nothing yet."""
@@ -115,27 +105,10 @@ class Reweighted(nn.Module, BaseTunerLayer):
         self.kept, self.merged_adapters = {}, []
 
 
-class ReweightedModel(BaseTuner):
+class ReweightedModel(OneKindTuner):
     """PEFT's tuner for such adapters."""
 
-    layer_class: ClassVar[type[Reweighted]]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: Any,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        make = partial(self.layer_class, name=current_key)
-        adapt(self, make, self.layer_class, target, target_name, parent, adapter_name, peft_config)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # PEFT's looks for a `weight`
 
 
 def straight_through(hard: torch.Tensor, soft: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,7 @@ Letters: N tokens, D width of the input, O of the output, r ranks, n LoRA expert
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -16,7 +15,7 @@ from torch import nn
 from ..modeling.losses import switch_loss
 from ..modeling.ops.injection import inject
 from ..modeling.router_calls import CurrentRows
-from .replacing import adapt
+from .replacing import OneKindTuner
 from .targets import TargetsConfig
 
 
@@ -166,24 +165,13 @@ class RowsTuner(BaseTuner):
         return super().unload()
 
 
-class RoutedLoraModel(RowsTuner):
+class RoutedLoraModel(RowsTuner, OneKindTuner):
     """PEFT's tuner for routed adapters."""
 
-    layer_class: ClassVar[type[RoutedLora]]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: Any,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        make = partial(self.layer_class, name=current_key, rows=self.rows)
-        adapt(self, make, self.layer_class, target, target_name, parent, adapter_name, peft_config)
+    def make(self, base_layer: nn.Module, name: str) -> nn.Module:
+        return self.layer_class(base_layer, name, self.rows)
 
 
 def set_accumulation(model: nn.Module, steps: int) -> None:

@@ -8,20 +8,19 @@ Letters: S sources, D inputs, O outputs of a layer.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .peft_types import register
-from .replacing import adapt
+from .replacing import OneKindTuner
 from .routed_lora import check_linear
 from .targets import TargetsConfig
 
@@ -138,11 +137,10 @@ class Scalearn(nn.Module, BaseTunerLayer):
             weight.data = (weight.float() - self.delta(self.merged_adapters.pop())).to(weight.dtype)
 
 
-class ScalearnModel(BaseTuner):
+class ScalearnModel(OneKindTuner):
     """PEFT's tuner for `ScalearnConfig`."""
 
-    prefix, tuner_layer_cls = "scalearn_", Scalearn
-    target_module_mapping: dict[str, list[str]] = {}
+    prefix, tuner_layer_cls, layer_class = "scalearn_", Scalearn, Scalearn
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         found = [read(source) for source in peft_config.sources]
@@ -152,22 +150,11 @@ class ScalearnModel(BaseTuner):
             peft_config.target_modules = {module for source in found for module in source}
         return peft_config
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: Any,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
-        mine = {number: source[current_key] for number, source in enumerate(self.found) if current_key in source}
+    def settings(self, peft_config: Any, name: str) -> tuple[Any, ...]:
+        mine = {number: source[name] for number, source in enumerate(self.found) if name in source}
         if not mine:
-            raise ValueError(f"{current_key!r} is in none of the sources: leave it out of target_modules.")
-        make = partial(Scalearn, name=current_key)
-        settings = (peft_config, mine, self.layers_with_w)
-        adapt(self, make, Scalearn, target, target_name, parent, adapter_name, *settings)
+            raise ValueError(f"{name!r} is in none of the sources: leave it out of target_modules.")
+        return peft_config, mine, self.layers_with_w
 
 
 def read(folder: str) -> dict[str, Source]:
