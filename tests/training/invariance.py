@@ -3,6 +3,7 @@
 Run as a script it is one process of two: `torchrun --nproc-per-node 2 invariance.py OUT.safetensors`.
 """
 
+import functools
 import sys
 import types
 from pathlib import Path
@@ -12,9 +13,18 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, JetMoeConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, JetMoeConfig, PreTrainedModel, Trainer
 
-from hf_moe.training import BiasBalancing, CountsAhead, LoadBalancing
+from hf_moe.training import (
+    BiasBalancing,
+    CountsAhead,
+    Distillation,
+    Distills,
+    LoadBalancing,
+    QKClip,
+    SkipsSpikes,
+    SpikeSkipping,
+)
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "conversion")]
 import balance
@@ -126,12 +136,31 @@ def biases(accumulation: int = 1, processes: int = 1) -> dict[str, torch.Tensor]
     return {name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")}
 
 
+def distilled(accumulation: int = 1, processes: int = 1) -> balance.Gradients:
+    """A student's gradient beside a teacher."""
+    teacher = mixture_model("mixtral", seed=5, num_hidden_layers=2, vocab_size=256)
+    cls = types.new_class("Mixed", (Distills, Trainer))
+    settings = Distillation(temperature=2.0, layers=[(1, 1)], feature_coef=0.3)
+    make: Any = functools.partial(cls, teacher=teacher, distillation=settings)
+    return balance.with_trainer(network("qwen3_moe"), padded(), accumulation, processes, make)
+
+
+def measured(accumulation: int = 1, processes: int = 1) -> dict[str, torch.Tensor]:
+    """What QKClip and SkipsSpikes measure in a step: the largest logits of each layer, the loss and the norm."""
+    clip, skip = QKClip(1e9), SpikeSkipping()
+    cls = types.new_class("Mixed", (SkipsSpikes, Trainer))
+    balance.with_trainer(network("deepseek_v3"), padded(), accumulation, processes, cls, [clip, skip])
+    return clip.max_logits | {"loss": torch.tensor(skip.losses), "norm": torch.tensor(skip.norms)}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     results = {}
     for kind in [*NATIVE, *OWN]:
         results |= {f"{kind}/{name}": g for name, g in with_trainer(kind, 2, 2).items()}
     results |= {f"bias/{name}": bias for name, bias in biases(2, 2).items()}
+    results |= {f"distilled/{name}": g for name, g in distilled(2, 2).items()}
+    results |= {f"measured/{name}": tensor for name, tensor in measured(2, 2).items()}
     if torch.distributed.get_rank() == 0:
         save_file({name.replace("module.", ""): t.contiguous() for name, t in results.items()}, Path(sys.argv[1]))
     torch.distributed.destroy_process_group()

@@ -48,12 +48,16 @@ def test_two_processes(tmp_path, expected):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    results: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in [*KINDS, "bias"]}
+    results: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in [*KINDS, "bias", "distilled", "measured"]}
     for name, tensor in load_file(out).items():
         kind, _, rest = name.partition("/")
         results[kind][rest] = tensor
     for kind in KINDS:
         same(results[kind], expected(kind))
+    for kind, alone in (("distilled", invariance.distilled()), ("measured", invariance.measured())):
+        assert alone.keys() == results[kind].keys()
+        for name, tensor in alone.items():
+            torch.testing.assert_close(results[kind][name], tensor, atol=2e-5, rtol=1e-4, msg=f"{kind} {name}")
     whole, start = invariance.biases(), dict(invariance.network("deepseek_v3").named_buffers())
     assert whole
     for name, bias in whole.items():
