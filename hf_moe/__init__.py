@@ -139,12 +139,15 @@ from .modeling import (
     moe_layers,
     register,
 )
+from .published import PUBLISHED
 
 __version__ = "0.1.0"
 
 for model_type, (config_class, model_class, causal_lm_class) in ARCHITECTURES.items():
     register(config_class, model_class, causal_lm_class, *CLASSIFIERS[model_type])
-del model_type, config_class, model_class, causal_lm_class
+for classes in PUBLISHED.values():
+    register(*classes)
+del classes, model_type, config_class, model_class, causal_lm_class
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,161 @@
+"""Public checkpoints by their published config, names and mathematics, at tiny size."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import hf_moe  # noqa: F401 - registers the types
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "published"))
+from naive import attention, rms_norm, silu, softmax
+
+IDS = [5, 9, 3, 17, 40, 8]
+
+
+def load(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> torch.nn.Module:
+    """Write a checkpoint as published and load it as a user would; every key is used and none is missing."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
+    return model.eval()
+
+
+def saves_back(model: torch.nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """The same names and numbers in the files, the same values in the published fields."""
+    model.save_pretrained(folder)
+    saved = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in tensors.items())
+    written = json.loads((folder / "config.json").read_text())
+    known = {key: value for key, value in config.items() if key not in ("auto_map", "torch_dtype", "rope_theta")}
+    assert {key: written.get(key) for key in known if known[key] is not None} == {
+        key: value for key, value in known.items() if value is not None
+    }
+    assert written["rope_parameters"]["rope_theta"] == config["rope_theta"]
+
+
+def random_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: 1 + 0.1 * torch.randn(shape, generator=generator)
+        if len(shape) == 1 and "norm" in name
+        else 0.3 * torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+    }
+
+
+DEEPSEEK = {
+    "architectures": ["DeepseekForCausalLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM"},
+    "model_type": "deepseek",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.01,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "moe_intermediate_size": 12,
+    "moe_layer_freq": 1,
+    "n_routed_experts": 5,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 61,
+}
+
+
+def deepseek_tensors(bias: bool = False) -> dict[str, Tensor]:
+    """The names of deepseek-moe-16b's files."""
+    shapes = {"model.embed_tokens.weight": (61, 32), "model.norm.weight": (32,), "lm_head.weight": (61, 32)}
+    for layer in range(3):
+        name = f"model.layers.{layer}."
+        shapes |= {f"{name}self_attn.{p}_proj.weight": (32, 32) for p in "qkvo"}
+        shapes |= {f"{name}self_attn.{p}_proj.bias": (32,) for p in "qkvo" if bias}
+        shapes |= {f"{name}{norm}_layernorm.weight": (32,) for norm in ("input", "post_attention")}
+        widths = (
+            {"mlp.": 24} if layer == 0 else {f"mlp.experts.{e}.": 12 for e in range(5)} | {"mlp.shared_experts.": 24}
+        )
+        for part, width in widths.items():
+            shapes |= {f"{name}{part}{p}_proj.weight": (width, 32) for p in ("gate", "up")}
+            shapes[f"{name}{part}down_proj.weight"] = (32, width)
+        if layer:
+            shapes[f"{name}mlp.gate.weight"] = (5, 32)
+    return random_tensors(shapes)
+
+
+def mlp(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    gate, up = (w[f"{name}{half}_proj.weight"] @ x for half in ("gate", "up"))
+    return w[f"{name}down_proj.weight"] @ (silu(gate) * up)
+
+
+def deepseek_logits(tensors: dict[str, Tensor]) -> Tensor:
+    """The paper's mathematics, token by token in float64, from the published names."""
+    w = {name: tensor.double() for name, tensor in tensors.items()}
+    xs = [w["model.embed_tokens.weight"][i] for i in IDS]
+    for layer in range(3):
+        name = f"model.layers.{layer}."
+        projections = (w[f"{name}self_attn.{p}_proj.weight"] for p in "qkv")
+        mixed = attention([rms_norm(x, w[f"{name}input_layernorm.weight"]) for x in xs], *projections, 4, 4)
+        xs = [x + w[f"{name}self_attn.o_proj.weight"] @ m for x, m in zip(xs, mixed)]
+        for i, x in enumerate(xs):
+            n = rms_norm(x, w[f"{name}post_attention_layernorm.weight"])
+            if layer == 0:
+                xs[i] = x + mlp(w, f"{name}mlp.", n)
+                continue
+            scores = softmax(w[f"{name}mlp.gate.weight"] @ n)
+            y = mlp(w, f"{name}mlp.shared_experts.", n)
+            for e in sorted(range(5), key=lambda e: -scores[e].item())[:2]:
+                y = y + scores[e] * mlp(w, f"{name}mlp.experts.{e}.", n)
+            xs[i] = x + y
+    return torch.stack([w["lm_head.weight"] @ rms_norm(x, w["model.norm.weight"]) for x in xs])
+
+
+def test_deepseek_moe_16b(tmp_path):
+    tensors = deepseek_tensors()
+    model = load(tmp_path / "published", DEEPSEEK, tensors)
+    assert type(model).__name__ == "DeepseekForCausalLM"
+    with torch.no_grad():
+        actual = model(torch.tensor([IDS])).logits[0]
+    torch.testing.assert_close(actual.double(), deepseek_logits(tensors), atol=1e-4, rtol=1e-4)
+    assert (model.config.router_aux_loss_coef, model.config.router_balance_loss) == (0.01, "sequence")
+    saves_back(model, tmp_path / "saved", DEEPSEEK, tensors)
+    load(tmp_path / "biased", {**DEEPSEEK, "attention_bias": True}, deepseek_tensors(bias=True))
+
+
+def test_deepseek_defaults_are_the_released_sizes():
+    config = AutoConfig.for_model("deepseek")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == 16_375_728_128
+
+
+class TestErrors:
+    def test_scoring(self):
+        with pytest.raises(ValueError, match="scoring_func='sigmoid' is unknown"):
+            AutoConfig.for_model("deepseek", scoring_func="sigmoid")
