@@ -74,6 +74,11 @@ class DecoderConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    @classmethod
+    def published_converters(cls) -> list[Any]:
+        """Transformers' weight converters between published files and memory, beside `published_names`."""
+        return []
+
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads

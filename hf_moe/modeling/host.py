@@ -58,6 +58,7 @@ def register_checkpoint_layout(config_class: type[DecoderConfig]) -> None:
         WeightRenaming(re.escape(f".{theirs}"), re.escape(f".{ours}"))
         for theirs, ours in config_class.published_names.items()
     ]
+    converters += config_class.published_converters()
     for kind in EXPERTS if "blocks" in config_class.__dataclass_fields__ else kinds:  # a free composition may hold any
         experts = EXPERTS[kind]
         for fused, names in experts.per_expert_names.items():

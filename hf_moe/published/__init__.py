@@ -1,5 +1,12 @@
 """Public checkpoints under their own type and names, that Transformers 5 cannot load any more."""
 
+from .bailing_moe import (
+    BailingMoeConfig,
+    BailingMoeForCausalLM,
+    BailingMoeForSequenceClassification,
+    BailingMoeForTokenClassification,
+    BailingMoeModel,
+)
 from .deepseek import (
     DeepseekConfig,
     DeepseekForCausalLM,
@@ -9,6 +16,13 @@ from .deepseek import (
 )
 
 PUBLISHED = {  # model type -> config, decoder, causal language model, sequence classifier, token classifier
+    "bailing_moe": (
+        BailingMoeConfig,
+        BailingMoeModel,
+        BailingMoeForCausalLM,
+        BailingMoeForSequenceClassification,
+        BailingMoeForTokenClassification,
+    ),
     "deepseek": (
         DeepseekConfig,
         DeepseekModel,

@@ -35,7 +35,9 @@ def restore_experts(model: nn.Module) -> None:
     Args:
         model: a native model, or a wrapper around one, in which case nothing is done. Twice is as good as once.
     """
-    if not isinstance(model, PreTrainedModel) or isinstance(model.config, DecoderConfig):
+    if not isinstance(model, PreTrainedModel):
+        return
+    if isinstance(model.config, DecoderConfig) and not model.config.published_converters():
         return
     if not any(isinstance(hook, SavedLayout) for hook in hooks_of(model)):
         model.register_load_state_dict_pre_hook(SavedLayout(model))

@@ -47,7 +47,9 @@ class Exssnet(Reweighted):
     """Scores and delta (..., A, B) of every weight; where delta may learn."""
 
     adapter_layer_names = tuple(f"exssnet_{what}_{slot}" for what in ("scores", "delta") for slot in SLOTS)
-    buffers_by_name = tuple(f"exssnet_{what}" for what in ("density", *(f"exclusive_{slot}" for slot in SLOTS)))
+    buffers_by_name = tuple(
+        f"exssnet_{what}" for what in ("density", "found", *(f"exclusive_{slot}" for slot in SLOTS))
+    )
     other_param_names = (*Reweighted.other_param_names, *buffers_by_name)
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
@@ -62,11 +64,18 @@ class Exssnet(Reweighted):
         self.of("delta", slot)[adapter] = nn.Parameter(torch.zeros(weight.shape))
         self.of("exclusive", slot)[adapter] = torch.zeros(weight.shape, dtype=torch.bool)
         self.density_of[adapter] = torch.ones(1)
+        self.found[adapter] = torch.zeros(1, dtype=torch.bool)
 
     @property
     def density_of(self) -> Any:
         """Name of an adapter -> (1,) what part it keeps now."""
         return self.exssnet_density
+
+    @property
+    def found(self) -> Any:
+        """Name of an adapter -> (1,) whether its mask is found, and its scores learn no more. PEFT lets all parameters
+        of an adapter learn whenever it is loaded or chosen."""
+        return self.exssnet_found
 
     def of(self, what: str, slot: str) -> Any:
         """Name of an adapter -> its `scores`, `delta` or `exclusive` of a slot."""
@@ -81,6 +90,7 @@ class Exssnet(Reweighted):
     def mask(self, adapter: str, slot: str) -> torch.Tensor:
         """(..., A, B) 1 for what a task keeps, with the gradient of |s|."""
         sizes = self.of("scores", slot)[adapter].abs()
+        sizes = sizes.detach() if self.found[adapter].item() else sizes
         return straight_through(most_important(sizes, self.density_of[adapter].item()), sizes)
 
     def changed(self, adapter: str, slot: str, weight: torch.Tensor) -> torch.Tensor:
@@ -117,6 +127,7 @@ def train_weights(model: nn.Module, adapter: str = "default", earlier: Sequence[
     for layer in layers_of(model, Exssnet):
         if missing := [name for name in (adapter, *earlier) if name not in layer.configs]:
             raise ValueError(f"{layer.layer_name!r} has no adapter {missing[0]!r}; it has {sorted(layer.configs)}.")
+        layer.found[adapter].fill_(True)
         for slot in layer.parts:
             mask = layer.mask(adapter, slot) > 0
             taken = torch.zeros_like(mask)
