@@ -26,6 +26,7 @@ from .golomb import decode, encode
 
 FILE, FORMAT = "compeft.safetensors", "hf_moe compeft 1"
 CONFIG = "adapter_config.json"
+NO_CHANGES = ("PST", "EXSSNET", "RAMT", "SMORA")  # their tensors are scores, masks and selection biases too
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,25 @@ def compress_adapter(
             that without it tau is A itself.
 
     Raises:
-        ValueError: numbers out of range, an adapter without numbers or that does not fit `initial`, an `out` that
-            exists.
+        ValueError: numbers out of range; an adapter whose tensors are no changes, has none, holds NaN, or does not fit
+            `initial`; an `out` that exists.
     """
     if not 0 < density <= 1 or alpha <= 0:
         raise ValueError(f"density={density} must be above 0 and at most 1, alpha={alpha} above 0.")
     folder = Path(adapter)
+    config = json.loads((folder / CONFIG).read_text())
+    if config.get("peft_type") in NO_CHANGES or (config.get("modules_to_save") and initial is None):
+        raise ValueError(
+            f"{adapter}: {config['peft_type']} with modules_to_save={config.get('modules_to_save')} is no change from "
+            "zero: modules that learn whole need `initial`, masks and selection biases cannot be compressed."
+        )
     tensors, start = load_file(folder / SAFETENSORS_WEIGHTS_NAME), starting_point(initial)
     layout = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in sorted(tensors.items())}
     if start is not None and {n: list(t.shape) for n, t in start.items()} != {n: s for n, (_, s) in layout.items()}:
         raise ValueError(f"{initial}: its tensors are not those of {adapter}.")
     change = flat(tensors, layout) if start is None else flat(tensors, layout) - flat(start, layout)
+    if not np.isfinite(change).all():
+        raise ValueError(f"{adapter}: holds NaN or infinite values.")
     if not (kept := int(density * len(change))):
         raise ValueError(f"density={density} keeps none of the {len(change)} numbers in {adapter}.")
     positions = largest(np.abs(change), kept)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .expert_subset import ExpertSubset
@@ -138,8 +139,9 @@ class ExpertLoraModel(LoraModel):
         if current_key not in lora_config.experts:
             super()._create_and_replace(lora_config, adapter_name, target, target_name, parent, current_key, **kwargs)
             return
-        rank = lora_config.rank_pattern.get(current_key, lora_config.r)
-        alpha = lora_config.alpha_pattern.get(current_key, lora_config.lora_alpha)
+        ranks, alphas = lora_config.rank_pattern, lora_config.alpha_pattern  # by PEFT's rules: names or their endings
+        rank = ranks.get(get_pattern_key(list(ranks), current_key), lora_config.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), current_key), lora_config.lora_alpha)
         make = partial(ExpertLora, name=current_key)
         adapt(self, make, ExpertLora, target, target_name, parent, adapter_name, rank, alpha, lora_config)
 

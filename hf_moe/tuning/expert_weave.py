@@ -144,6 +144,8 @@ def read(name: str, folder: str, modules: Mapping[str, nn.Module]) -> tuple[Esft
             raise ValueError(f"{name!r} trains {module!r}, which this model has not; it has {sorted(modules)}.")
         check_experts(modules[module], module)
         base: Any = modules[module]
+        if config.experts[module][-1] >= base.num_experts:
+            raise ValueError(f"{name!r} trains expert {config.experts[module][-1]} of {module!r}, which has fewer.")
         if tensors[f"{PREFIX}{module}.esft_out"].shape[1:] != base.down_proj.shape[1:]:
             raise ValueError(f"{name!r} was trained on another model: the shapes of {module!r} differ.")
     return config, tensors

@@ -14,7 +14,7 @@ Letters: S adapted experts, r rank, F inner width, D width.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,13 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass
 class StackedPairs:
-    """The adapters of one module's experts: A (S, r, in) and B (S, out, r) of its first stack and of `down_proj`."""
+    """The adapters of one module's experts: A (S, r, in) and B (S, out, r) of its first stack and of `down_proj`, and
+    what multiplies either."""
 
     experts: list[int]
     first: Pair
     second: Pair
-
-    def resized(self, rank: int, factor: float) -> "StackedPairs":
-        """The same with a larger rank, and B multiplied by a factor."""
-        return StackedPairs(self.experts, resized(self.first, rank, factor), resized(self.second, rank, factor))
+    scales: tuple[float, float] = (1.0, 1.0)
 
 
 def export_adapter(adapter: str | Path, out: str | Path, base: Base, fill: bool = False) -> Path:
@@ -64,23 +62,19 @@ def export_adapter(adapter: str | Path, out: str | Path, base: Base, fill: bool 
             hold stacks, an `out` that exists.
     """
     config, tensors = read(adapter)
-    refused = {"modules_to_save": config.modules_to_save, "use_dora": config.use_dora, "lora_bias": config.lora_bias}
-    if wrong := [name for name, value in refused.items() if value]:
-        raise ValueError(
-            f"{adapter}: {wrong[0]}={refused[wrong[0]]} has no form per expert; merge the adapter instead."
-        )
     modules, others = names_in_files(base_model(base))
     stacks = {names.module: taken for names in modules if (taken := take_stacks(tensors, names, config)) is not None}
     if not stacks:
         raise ValueError(f"{adapter}: holds no adapters of stacked experts; it can be served as it is.")
-    pairs = dict(take_pairs(tensors))
-    rank = max([part.first[0].shape[1] for part in stacks.values()] + [a.shape[0] for a, _ in pairs.values()])
+    pairs = take_pairs(adapter, tensors)
+    both = [pair for part in stacks.values() for pair in (part.first, part.second)]
+    rank = max(a.shape[-2] for a, _ in (*both, *pairs.values()))
     scale = scale_of(config, "", rank=config.r)
     written: Tensors = {}
     for names in modules:
         if (found := stacks.get(names.module)) is not None:
-            factor = scale_of(config, names.module, found.first[0].shape[1]) / scale
-            written |= per_expert(filled(found, names) if fill else found, names, rank, factor)
+            whole = filled(found, names) if fill else found
+            written |= per_expert(whole, names, rank, found.scales[0] / scale, found.scales[1] / scale)
     for module, pair in pairs.items():
         a, b = resized(pair, rank, scale_of(config, module, pair[0].shape[0]) / scale)
         written |= keys(others.get(module, module), a, b)
@@ -109,7 +103,7 @@ def import_adapter(adapter: str | Path, out: str | Path, base: Base) -> Path:
     """
     config, tensors = read(adapter)
     modules, others = names_in_files(base_model(base))
-    pairs = dict(take_pairs(tensors))
+    pairs = take_pairs(adapter, tensors)
     written: Tensors = {}
     experts: dict[str, list[int]] = {}
     own: dict[str, tuple[int, float]] = {}  # module -> its rank and scale
@@ -159,10 +153,13 @@ def has_patterns(config: LoraConfig) -> bool:
 
 
 def read(adapter: str | Path) -> tuple[Any, Tensors]:
-    """Config and tensors of a LoRA adapter's folder."""
+    """Config and tensors of a plain LoRA adapter's folder."""
     config: Any = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{adapter}: is {type(config).__name__}; only LoRA has a form per expert.")
+    refused = {"modules_to_save": config.modules_to_save, "use_dora": config.use_dora, "lora_bias": config.lora_bias}
+    if wrong := [name for name, value in refused.items() if value]:
+        raise ValueError(f"{adapter}: {wrong[0]}={refused[wrong[0]]} has no form per expert; merge the adapter.")
     return config, load_file(Path(adapter) / SAFETENSORS_WEIGHTS_NAME)
 
 
@@ -195,11 +192,17 @@ def keys(module: str, a: torch.Tensor, b: torch.Tensor) -> Tensors:
     return {f"{PREFIX}{module}.lora_A.weight": a.contiguous(), f"{PREFIX}{module}.lora_B.weight": b.contiguous()}
 
 
-def take_pairs(tensors: Tensors) -> Iterator[tuple[str, Pair]]:
-    """Take the pairs of linear layers out, by module."""
+def take_pairs(adapter: str | Path, tensors: Tensors) -> dict[str, Pair]:
+    """Take the pairs of linear layers out, by module; nothing may be left."""
+    found = {}
     for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
         module = key.removesuffix(".lora_A.weight")
-        yield module.removeprefix(PREFIX), (tensors.pop(key), tensors.pop(f"{module}.lora_B.weight"))
+        found[module.removeprefix(PREFIX)] = tensors.pop(key), tensors.pop(f"{module}.lora_B.weight")
+    if tensors:
+        raise ValueError(
+            f"{adapter}: {next(iter(tensors))!r} has no form per expert, only pairs of linear layers have."
+        )
+    return found
 
 
 def take_stacks(tensors: Tensors, names: ExpertNames, config: Any) -> StackedPairs | None:
@@ -208,23 +211,25 @@ def take_stacks(tensors: Tensors, names: ExpertNames, config: Any) -> StackedPai
     if f"{path}.lora_A_in" in tensors:
         ids = config.experts[names.module]
         parts = [tensors.pop(f"{path}.lora_{side}_{end}") for end in ("in", "out") for side in "AB"]
-        return StackedPairs(
-            list(range(number)) if ids is None else list(ids), (parts[0], parts[1]), (parts[2], parts[3])
+        experts, scale = (
+            list(range(number)) if ids is None else list(ids),
+            scale_of(config, names.module, len(parts[0][0])),
         )
-    stacks = FIRST[names.layer.has_gate], "down_proj"
-    order = [stack for stack in stacks if f"{names.module}.{stack}" in (config.target_parameters or ())]
-    if not order:
+        return StackedPairs(experts, (parts[0], parts[1]), (parts[2], parts[3]), (scale, scale))
+    if f"{path}.lora_A.weight" not in tensors:
         return None
     # PEFT nests the wrappers of both stacks in the order of the model's parameters: the first is the innermost
+    stacks = FIRST[names.layer.has_gate], "down_proj"
+    if f"{path}.base_layer.lora_A.weight" not in tensors:
+        raise ValueError(f"{names.module!r} has an adapter of one stack: give both {stacks} in target_parameters.")
     found = {}
-    for stack in order:
-        inner = ".base_layer" * (len(order) - 1 - order.index(stack))
+    for stack, inner in zip(stacks, (".base_layer", "")):
         a, b = (tensors.pop(f"{path}{inner}.lora_{side}.weight") for side in "AB")
         rank = a.shape[0] // number
         found[stack] = a.unflatten(0, (number, rank)), b.unflatten(1, (rank, number)).permute(2, 0, 1)
-    if missing := [stack for stack in stacks if stack not in found]:
-        raise ValueError(f"{names.module!r} has no adapter of {missing[0]}: give both stacks in target_parameters.")
-    return StackedPairs(list(range(number)), found[stacks[0]], found[stacks[1]])
+    first, second = found[stacks[0]], found[stacks[1]]
+    scales = [scale_of(config, f"{names.module}.{stack}", found[stack][0].shape[1]) for stack in stacks]
+    return StackedPairs(list(range(number)), first, second, (scales[0], scales[1]))
 
 
 def filled(found: StackedPairs, names: ExpertNames) -> StackedPairs:
@@ -236,12 +241,12 @@ def filled(found: StackedPairs, names: ExpertNames) -> StackedPairs:
             target[found.experts] = part
         return whole[0], whole[1]
 
-    return StackedPairs(list(range(names.layer.num_experts)), fill(found.first), fill(found.second))
+    return StackedPairs(list(range(names.layer.num_experts)), fill(found.first), fill(found.second), found.scales)
 
 
-def per_expert(found: StackedPairs, names: ExpertNames, rank: int, factor: float) -> Tensors:
-    """A pair for every expert and projection; gate and up get the same A."""
-    found = found.resized(rank, factor)
+def per_expert(found: StackedPairs, names: ExpertNames, rank: int, first: float, second: float) -> Tensors:
+    """A pair for every expert and projection; gate and up get the same A. B's are multiplied by a factor per stack."""
+    found = StackedPairs(found.experts, resized(found.first, rank, first), resized(found.second, rank, second))
     parts = names.split(found.first[1])
     written: Tensors = {}
     for row, expert in enumerate(found.experts):

@@ -85,7 +85,7 @@ class Reweighted(StandsIn):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace the base's weights, which are kept until `unmerge`; with `safe_merge`, only by finite ones."""
         chosen = [name for name in adapter_names or self.active_adapters if name in self.configs]
-        if not chosen:
+        if not set(chosen) - set(self.merged_adapters):
             return
         if self.merged:
             raise ValueError(f"{self.merged_adapters} are merged into {self.layer_name!r}: unmerge them first.")
@@ -157,6 +157,9 @@ class SparsityRamp(TrainerCallback):
             raise ValueError(
                 "This model has no adapter whose sparsity could grow: SparsityRamp is for PST and ExSSNeT."
             )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.on_step_begin(args, state, control, model)  # of the next, and after the last what is saved
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         u = min(max((state.global_step / state.max_steps - self.start) / (self.end - self.start), 0.0), 1.0)

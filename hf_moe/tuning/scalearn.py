@@ -57,7 +57,7 @@ class Scalearn(nn.Module, BaseTunerLayer):
     """w (S, O) or (S, 1) of a linear layer, unless another layer has it for both."""
 
     adapter_layer_names = ("scalearn_w",)
-    other_param_names = ("sources", "owners", "scalearn_A", "scalearn_B")
+    other_param_names = ("sources", "owners")
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
@@ -91,6 +91,13 @@ class Scalearn(nn.Module, BaseTunerLayer):
                 f"{owner.scalearn_w[adapter].shape[1]}: choose uniform=True, or shared=False."
             )
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """The buffers are not named after adapters alone, so that PEFT would not find them."""
+        for number in self.sources.get(adapter_name, ()):
+            for buffers in (self.scalearn_A, self.scalearn_B):
+                del buffers[f"{adapter_name}_{number}"]
+        super().delete_adapter(adapter_name)
 
     def parts(self, adapter: str) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """w_s (O,) or (1,), A_s and `scale_s B_s` of every source that has this layer."""

@@ -101,4 +101,11 @@ def test_errors(tmp_path):
     save_file({"x": torch.ones(2)}, tmp_path / "b" / FILE)
     with pytest.raises(ValueError, match="is None, not 'hf_moe compeft 1'"):
         decompress_adapter(tmp_path / "b", tmp_path / "d")
+    with pytest.raises(ValueError, match="PST with modules_to_save=None is no change from zero"):
+        compress_adapter(folder(tmp_path / "pst", kind="pst"), tmp_path / "d")
+    tensors = load_file(trained / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0] = float("nan")
+    save_file(tensors, trained / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="holds NaN or infinite values"):
+        compress_adapter(trained, tmp_path / "d")
     assert not (tmp_path / "d").exists()

@@ -129,6 +129,37 @@ def test_ranks_and_scales_that_differ(form, tmp_path):
     torch.testing.assert_close(*map(adapters.logits, loaded), atol=1e-5, rtol=1e-5)
 
 
+STOCK = {"r": 3, "lora_alpha": 5, "target_modules": ["o_proj"]}
+PATTERNS = {
+    "endings": lambda names: LoraConfig(**STOCK, target_parameters=["gate_up_proj", "experts.down_proj"]),
+    "alpha": lambda names: LoraConfig(**STOCK, target_parameters=both(names), alpha_pattern={"down_proj": 20}),
+    "rank": lambda names: LoraConfig(**STOCK, target_parameters=both(names), rank_pattern={"down_proj": 6}),
+    "regex": lambda names: ExpertLoraConfig(
+        experts={name: [0, 2] for name in names},
+        target_modules=[*names, "q_proj"],
+        alpha_pattern={r".*layers\.1\.mlp\.experts": 30, "q_proj": 7},
+        rank_pattern={r".*layers\.0.*": 5},
+    ),
+}
+
+
+def both(names: list[str]) -> list[str]:
+    return [f"{name}.{stack}" for name in names for stack in ("gate_up_proj", "down_proj")]
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_patterns_and_endings(kind, tmp_path):
+    """Ranks and scales per parameter, targets by their endings, as PEFT understands them."""
+    model = adapters.base("olmoe")
+    wrapped = get_peft_model(model, PATTERNS[kind](list(expert_modules(model))))
+    adapters.disturb(wrapped)
+    wrapped.save_pretrained(tmp_path / "saved")
+    plain = adapters.base("olmoe")
+    back = import_adapter(export_adapter(tmp_path / "saved", tmp_path / "out", plain), tmp_path / "back", plain)
+    again = PeftModel.from_pretrained(plain, back).eval()
+    torch.testing.assert_close(adapters.logits(again), adapters.logits(wrapped.eval()), atol=2e-5, rtol=1e-5)
+
+
 def test_adapters_trained_elsewhere(tmp_path):
     """Gate and up with A's of their own, a projection missing: exact at twice the rank."""
     model, saved = make("qwen3_moe", tmp_path, "subset")
@@ -209,7 +240,17 @@ class TestErrors:
             import_adapter(saved, tmp_path / "x", model)
         with pytest.raises(ValueError, match=r"hold the experts 'model.layers.0.mlp.experts' as stacks"):
             export_adapter(saved, tmp_path / "x", adapters.base("gpt_oss").config)
-        assert not (tmp_path / "x").exists() and len(list(tmp_path.iterdir())) == 1
+        names = list(expert_modules(adapters.base()))
+        config = ExpertLoraConfig(experts={name: [0] for name in names}, target_modules=names, r=2)
+        config.trainable_token_indices = [3, 4]
+        get_peft_model(adapters.base(), config).save_pretrained(tmp_path / "tokens")
+        with pytest.raises(ValueError, match="has no form per expert, only pairs of linear layers have"):
+            export_adapter(tmp_path / "tokens", tmp_path / "x", model)
+        dora = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+        get_peft_model(adapters.base(), dora).save_pretrained(tmp_path / "dora")
+        with pytest.raises(ValueError, match="use_dora=True has no form per expert"):
+            import_adapter(tmp_path / "dora", tmp_path / "x", model)
+        assert not (tmp_path / "x").exists() and len(list(tmp_path.iterdir())) == 3
 
     def test_esft(self, tmp_path):
         model, saved = make("qwen3_moe", tmp_path, "all")

@@ -238,6 +238,25 @@ def test_scalearn(uniform, shared, tmp_path):
             torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_after_deleting_and_merging():
+    """ScaLearn's buffers are no adapters; merging twice is merging once; a ramp to the end of training ends."""
+    wrapped = adapters.adapted("scalearn", adapters.base())
+    wrapped.add_adapter("other", adapters.KINDS["scalearn"](adapters.base()))
+    wrapped.set_adapter("other")
+    wrapped.delete_adapter("other")
+    wrapped.set_adapter("default")
+    expected = adapters.logits(adapters.adapted("scalearn", adapters.base()))
+    torch.testing.assert_close(adapters.logits(wrapped), expected)
+    masked = adapters.adapted("ramt", adapters.base())
+    expected = adapters.logits(masked)
+    masked.merge_adapter()
+    torch.testing.assert_close(adapters.logits(masked.merge_and_unload()), expected, atol=1e-5, rtol=1e-5)
+    model = adapters.adapted("pst", adapters.base(), seed=None)
+    state = type("State", (), {"max_steps": 3, "global_step": 3})
+    SparsityRamp(0.0, 1.0).on_step_end(None, state, None, model=model)
+    assert next(m for m in model.modules() if isinstance(m, Pst)).pst_sparsity["default"] == 0.5
+
+
 class TestErrors:
     def test_options(self):
         for config, match in (
