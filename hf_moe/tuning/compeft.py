@@ -79,10 +79,12 @@ def compress_adapter(
         raise ValueError(f"density={density} must be above 0 and at most 1, alpha={alpha} above 0.")
     folder = Path(adapter)
     config = json.loads((folder / CONFIG).read_text())
-    if config.get("peft_type") in NO_CHANGES or (config.get("modules_to_save") and initial is None):
+    whole = config.get("peft_type") == "ESFT" or config.get("modules_to_save")
+    if config.get("peft_type") in NO_CHANGES or (whole and initial is None):
         raise ValueError(
             f"{adapter}: {config['peft_type']} with modules_to_save={config.get('modules_to_save')} is no change from "
-            "zero: modules that learn whole need `initial`, masks and selection biases cannot be compressed."
+            "zero: what learns whole (ESFT, modules_to_save) needs `initial`; masks and selection biases cannot be "
+            "compressed."
         )
     tensors, start = load_file(folder / SAFETENSORS_WEIGHTS_NAME), starting_point(initial)
     layout = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in sorted(tensors.items())}

@@ -112,6 +112,8 @@ def set_density(model: nn.Module, density: float) -> None:
 def train_weights(model: nn.Module, adapter: str = "default", earlier: Sequence[str] = ()) -> float:
     """Go from finding a mask to training weights: scores stop learning, delta learns what no earlier task has.
 
+    Train with `weight_decay=0`: it would shrink what earlier tasks trained in this adapter's copy.
+
     Args:
         model: with the adapter, and those of earlier tasks.
         adapter: of the task.

@@ -69,7 +69,8 @@ def test_formula(with_initial, tmp_path):
 
 
 def test_size(tmp_path):
-    report = compress_adapter(folder(tmp_path / "a", kind="esft"), tmp_path / "b", 0.05)
+    initial = folder(tmp_path / "i", seed=0, kind="esft")
+    report = compress_adapter(folder(tmp_path / "a", kind="esft"), tmp_path / "b", 0.05, initial=initial)
     sizes = {f.name: f.stat().st_size for f in (tmp_path / "b").iterdir()}
     assert report.compressed_bytes == sizes[FILE] and report.ratio > 15
     header = sizes[FILE] - sum(part.nbytes for part in read(tmp_path / "b" / FILE)[1].values())
@@ -101,6 +102,8 @@ def test_errors(tmp_path):
     save_file({"x": torch.ones(2)}, tmp_path / "b" / FILE)
     with pytest.raises(ValueError, match="is None, not 'hf_moe compeft 1'"):
         decompress_adapter(tmp_path / "b", tmp_path / "d")
+    with pytest.raises(ValueError, match="ESFT with modules_to_save=None is no change from zero"):
+        compress_adapter(folder(tmp_path / "esft", kind="esft"), tmp_path / "d")
     with pytest.raises(ValueError, match="PST with modules_to_save=None is no change from zero"):
         compress_adapter(folder(tmp_path / "pst", kind="pst"), tmp_path / "d")
     tensors = load_file(trained / "adapter_model.safetensors")
