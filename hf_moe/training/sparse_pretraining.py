@@ -91,7 +91,7 @@ class SparsePretraining(TrainerCallback):
         live: live parameters after the last pruning, of `initial`.
 
     Raises:
-        ValueError: numbers out of range, an unknown curve, sharded weights.
+        ValueError: numbers out of range, an unknown curve, sharded or frozen weights.
     """
 
     def __init__(
@@ -116,6 +116,10 @@ class SparsePretraining(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         weights = list(prunable_weights(model))
+        if not all(weight.requires_grad for weight in weights):
+            raise ValueError(
+                "SparsePretraining prunes what trains, and this model has frozen weights: train all of them."
+            )
         self.initial = sum(parameter.numel() for parameter in model.parameters())
         self.prunable = sum(weight.numel() for weight in weights)
         started = self.sparsity_at(state.global_step / state.max_steps) > 0

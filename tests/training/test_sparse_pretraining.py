@@ -92,6 +92,9 @@ def test_smallest_go():
 
 
 def test_errors():
+    frozen = invariance.network("qwen3_moe").requires_grad_(False)
+    with pytest.raises(ValueError, match="has frozen weights: train all of them"):
+        SparsePretraining().on_train_begin(None, None, None, frozen)
     with pytest.raises(ValueError, match=r"start=0.8 and end=0.75: the pruning phase"):
         SparsePretraining(start=0.8)
     with pytest.raises(ValueError, match="curve='square' is unknown"):
