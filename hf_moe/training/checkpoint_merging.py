@@ -71,11 +71,7 @@ def merge_checkpoints(
         merged = {name: merged_tensor(name, places, weights) for name in names if places[-1][name] == file}
         save_file(merged, draft / file.name, metadata={"format": "pt"})
     for extra in paths[-1].iterdir():
-        if (
-            extra.is_file()
-            and extra.suffix in (".json", ".jinja", ".model", ".txt", ".py")
-            and "state" not in extra.name
-        ):
+        if extra.is_file() and extra.suffix in COPIED and "state" not in extra.name:
             shutil.copy2(extra, draft / extra.name)
     draft.replace(target)
     return target

@@ -12,7 +12,6 @@ Mixtral `block_sparse_moe.experts.7.w1`. What the engines do with them (read in 
 Letters: S adapted experts, r rank, F inner width, D width.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -211,10 +210,8 @@ def take_stacks(tensors: Tensors, names: ExpertNames, config: Any) -> StackedPai
     if f"{path}.lora_A_in" in tensors:
         ids = config.experts[names.module]
         parts = [tensors.pop(f"{path}.lora_{side}_{end}") for end in ("in", "out") for side in "AB"]
-        experts, scale = (
-            list(range(number)) if ids is None else list(ids),
-            scale_of(config, names.module, len(parts[0][0])),
-        )
+        experts = list(range(number)) if ids is None else list(ids)
+        scale = scale_of(config, names.module, parts[0].shape[1])
         return StackedPairs(experts, (parts[0], parts[1]), (parts[2], parts[3]), (scale, scale))
     if f"{path}.lora_A.weight" not in tensors:
         return None
@@ -305,5 +302,4 @@ def write(out: str | Path, tensors: Tensors, config: Any) -> Path:
     with new_folder(out) as folder:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / SAFETENSORS_WEIGHTS_NAME)
         config.save_pretrained(folder)
-        json.loads((folder / "adapter_config.json").read_text())
     return Path(out)
