@@ -132,6 +132,7 @@ from .modeling import (
     MIXERS,
     ROUTERS,
     CacheMemory,
+    DecoderConfig,
     MoeLayer,
     ParameterCounts,
     cache_memory,
@@ -139,6 +140,7 @@ from .modeling import (
     moe_layers,
     register,
 )
+from .modeling.code_files import STANDALONE, WRITERS
 from .published import PUBLISHED
 
 __version__ = "0.1.0"
@@ -147,6 +149,16 @@ for model_type, (config_class, model_class, causal_lm_class) in ARCHITECTURES.it
     register(config_class, model_class, causal_lm_class, *CLASSIFIERS[model_type])
 for classes in PUBLISHED.values():
     register(*classes)
+
+
+def flat_file(config: DecoderConfig) -> str:
+    """The architecture of a config as one file; the writer of it is imported when it is asked for."""
+    from .hub.flatten import flatten
+
+    return flatten(config)
+
+
+WRITERS[STANDALONE] = flat_file
 del classes, model_type, config_class, model_class, causal_lm_class
 
 

@@ -48,6 +48,7 @@ def env(
 def collect() -> dict[str, Any]:
     """Everything that the command prints."""
     from ..architectures import ARCHITECTURES
+    from ..published import PUBLISHED
 
     return {
         "versions": {
@@ -59,6 +60,7 @@ def collect() -> dict[str, Any]:
         "accelerators": accelerators(),
         "extras": extras(),
         "architectures": sorted(ARCHITECTURES),
+        "public checkpoints": sorted(PUBLISHED),
     }
 
 
@@ -112,7 +114,7 @@ def as_text(facts: dict[str, Any]) -> str:
     for extra, lacks in facts["extras"].items():
         advice = f"missing {', '.join(lacks)}; pip install '{DISTRIBUTION}[{extra}]'"
         rows.append((f"extra {extra}", advice if lacks else "installed"))
-    names = facts["architectures"]
-    rows.append(("architectures", f"{len(names)}: {', '.join(names)}"))
+    for kind in ("architectures", "public checkpoints"):
+        rows.append((kind, f"{len(facts[kind])}: {', '.join(facts[kind])}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

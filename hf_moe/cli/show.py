@@ -53,15 +53,15 @@ def show(
 
 def read_config(model_type: str, path: Path | None) -> "DecoderConfig":
     """The config of an architecture: its default, or what a file says."""
-    from ..architectures import ARCHITECTURES
+    from ..hub.flatten import CLASSES
 
-    if model_type not in ARCHITECTURES:
-        raise ValueError(f"Unknown model type {model_type!r}; choose from {sorted(ARCHITECTURES)}.")
+    if model_type not in CLASSES:
+        raise ValueError(f"Unknown model type {model_type!r}; choose from {sorted(CLASSES)}.")
     fields = {} if path is None else read_fields(path)
     found = fields.pop("model_type", model_type)
     if found != model_type:
         raise ValueError(f"{path} is the config of a {found!r} model, not of {model_type!r}.")
-    return ARCHITECTURES[model_type][0].from_dict(fields)
+    return CLASSES[model_type][0].from_dict(fields)
 
 
 def read_fields(path: Path) -> dict[str, Any]:

@@ -12,8 +12,12 @@ from collections.abc import Iterator
 from ..architectures import ARCHITECTURES, CLASSIFIERS
 from ..modeling import BLOCKS, DecoderConfig
 from ..modeling.parts import Part, resolve, walk
+from ..published import PUBLISHED
 from .render import REGISTER, Section, render
 from .source import PACKAGE, Import, Statement, read_module
+
+# model type -> config, decoder and heads
+CLASSES = {name: (*classes, *CLASSIFIERS[name]) for name, classes in ARCHITECTURES.items()} | PUBLISHED
 
 
 def flatten(config: DecoderConfig) -> str:
@@ -22,9 +26,9 @@ def flatten(config: DecoderConfig) -> str:
     Args:
         config: an instance of one of our config classes; its composition says which parts the file needs.
     """
-    if config.model_type not in ARCHITECTURES:
-        raise ValueError(f"Unknown model type {config.model_type!r}; choose from {sorted(ARCHITECTURES)}.")
-    classes = [*ARCHITECTURES[config.model_type], *CLASSIFIERS[config.model_type]]
+    if config.model_type not in CLASSES:
+        raise ValueError(f"Unknown model type {config.model_type!r}; choose from {sorted(CLASSES)}.")
+    classes = CLASSES[config.model_type]
     config_class = classes[0]
     # the default composition stays too: Transformers builds it whenever it prints or saves a config
     shaker = Shaker(used_parts(config) | used_parts(config_class()))

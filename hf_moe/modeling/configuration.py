@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .blocks import BLOCKS
+from .code_files import CarriesCode, carry_code
 from .experts import Experts
 from .feed_forwards import FEED_FORWARDS
 from .losses import BALANCE_LOSSES
@@ -18,7 +19,7 @@ from .routers import Router
 
 
 @strict
-class DecoderConfig(PreTrainedConfig):
+class DecoderConfig(CarriesCode, PreTrainedConfig):
     """Sizes shared by all layers. A subclass says what its `blocks` are made of and in which `block_pattern`.
 
     Args:
@@ -93,6 +94,11 @@ class DecoderConfig(PreTrainedConfig):
         kwargs = self.convert_rope_params_to_dict(**kwargs)  # from here on, parts with rotary positions can be built
         self.validate_shared_modules()
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in Transformers, and the file by which `trust_remote_code=True` finds the classes."""
+        carry_code(self, save_directory)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def validate_parts(self) -> None:
         """Check again what may have changed since construction; huggingface_hub calls this when a config is saved."""

@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .blocks import BLOCKS, Block
+from .code_files import ModelWithCode
 from .configuration import DecoderConfig
 from .context import ForwardContext
 from .generation import PartsGenerationMixin
@@ -47,11 +48,12 @@ class DecoderOutput(MoeModelOutputWithPast):
         super().__setitem__(key, RouterLogits(value, self.aux_loss) if key == "router_logits" else value)
 
 
-class DecoderPreTrainedModel(PreTrainedModel):
+class DecoderPreTrainedModel(ModelWithCode, PreTrainedModel):
     """What Transformers must know about all our models."""
 
     config_class = DecoderConfig
     base_model_prefix = "model"
+    model_tags = ["hf_moe", "mixture-of-experts"]  # of the card that push_to_hub writes
     supports_gradient_checkpointing = True
     _no_split_modules = [block.__name__ for block in BLOCKS.values()]
     _skip_keys_device_placement = ["past_key_values"]

@@ -36,6 +36,11 @@ def load(path: Path) -> ModuleType:
     return module
 
 
+def without_code(folder: Path) -> dict[str, Any]:
+    """A config.json but for the name of the code file."""
+    return {key: value for key, value in json.loads((folder / "config.json").read_text()).items() if key != "auto_map"}
+
+
 @torch.no_grad()
 def use(folder: Path) -> dict[str, Any]:
     """Load one checkpoint in every way and compare with what hf_moe said."""
@@ -53,7 +58,8 @@ def use(folder: Path) -> dict[str, Any]:
         "problems": [str(keys) for keys in info.values() if keys],
         "loaded": (model(given["input_ids"]).logits - given["logits"]).abs().max().item(),
         "built": (built(given["input_ids"]).logits - given["logits"]).abs().max().item(),
-        "saved": (again / "config.json").read_text() == (folder / "config.json").read_text()
+        "saved": without_code(again) == without_code(folder)
+        and (again / "flat.py").read_text() == (folder / "flat.py").read_text()
         and load_file(again / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys(),
         "generated": generated.tolist(),
         "classifier": type(classifier).__name__,

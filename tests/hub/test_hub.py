@@ -53,10 +53,12 @@ def test_every_tensor_arrives_bit_for_bit(case: str, hub: FakeHub, pulled: dict[
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_only_safetensors_and_text_is_published(layout: str, hub: FakeHub, pulled: dict[str, Any]):
+def test_only_safetensors_text_and_the_stub_are_published(layout: str, hub: FakeHub, pulled: dict[str, Any]):
     for case in CASES:
         suffixes = {Path(path).suffix for path in hub.repos[f"me/{case}{layout}"]}
-        assert ".safetensors" in suffixes <= {".safetensors", ".json", ".md", ".gitattributes"}
+        assert ".safetensors" in suffixes <= {".safetensors", ".json", ".md", ".gitattributes", ".py"}
+        code = {path for path in hub.repos[f"me/{case}{layout}"] if path.endswith(".py")}
+        assert code == {"modeling_hf_moe.py"}  # the stub
     shards = [path for path in hub.repos["me/bam-sharded"] if path.endswith(".safetensors")]
     assert len(shards) > 1 or layout != "-sharded"
 
