@@ -7,8 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from .card import card
 from .env import env
+from .push import push
 from .quickstart import quickstart
+from .run import run
 from .show import show
 from .upcycle import upcycle
 from .verify import verify
@@ -36,6 +39,12 @@ def options(
 
         hf-moe verify mixture law-model code-model
 
+        hf-moe card mixture
+
+        hf-moe push mixture me/mixture --private
+
+        hf-moe run -- trl sft --model_name_or_path mixture --dataset_name my-data
+
         hf-moe show bam
 
         hf-moe env
@@ -44,8 +53,9 @@ def options(
         os.environ["HF_MOE_DEBUG"] = "1"
 
 
-for command in (quickstart, upcycle, verify, show, env):
+for command in (quickstart, upcycle, verify, card, push, show, env):
     app.command()(command)
+app.command(context_settings={"ignore_unknown_options": True})(run)  # they belong to the other program
 
 
 def show_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:

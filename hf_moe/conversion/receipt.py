@@ -17,7 +17,7 @@ from .engine import Written
 from .methods.base import Exactness
 from .planning import Plan
 from .rounding import HALVES
-from .sources import Source, first_line
+from .sources import Source, first_line, license_of
 from .tensor_files import sha256_of
 from .verification import Comparison, Measured, compare
 from .workplace import write_json
@@ -49,7 +49,7 @@ def certify(plan: Plan, folder: Path, written: Written, verify: bool = True, **t
         "versions": {name: version(name) for name in ("hf_moe", "safetensors", "torch", "transformers")}
         | {"python": platform.python_version()},
         "sources": [
-            identity_of(source) | {"shards": shards}
+            identity_of(source) | {"license": license_of(source), "shards": shards}
             for source, shards in zip(plan.sources, written.sources, strict=True)
         ],
         "shards": dict(sorted(written.shards.items())),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -91,6 +91,17 @@ def open_sources(given: Any) -> list[Source]:
                 warnings.warn(f"sources {j} and {i} are one and the same model", UserWarning, stacklevel=4)
                 break
     return sources
+
+
+def license_of(source: Source) -> str | None:
+    """What a source's card says; None if it has none or is in memory."""
+    path = source.folder / "README.md" if source.folder is not None else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
+    except ValueError as error:  # its metadata are no YAML
+        raise ValueError(f"{source.label}: cannot read the metadata of its README.md: {first_line(error)}") from error
 
 
 def _same(a: Source, b: Source) -> bool:

@@ -9,15 +9,14 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from ..hub.card import write_card
 from .calibration import find
-from .card import write_card
 from .engine import DEFAULT_SHARD_SIZE, Written, convert
 from .methods import METHODS
 from .options import Options
 from .output import check_output
 from .planning import Plan, SourceLike, plan_upcycling
 from .receipt import RECEIPT, certify
-from .targets.native import NATIVE_TARGETS
 from .texts import examples, make_batches
 
 
@@ -153,8 +152,8 @@ def run(
             settings = {"learning_rate": router_learning_rate, "seed": plan.options.seed}
             trained = warm_up_folder(folder, rows, router_steps, **settings)
             written.shards.update(trained["shards"])
-        receipt = certify(plan, folder, written, verify, **training)
-        write_card(folder, receipt, plan.sources, native=plan.options.target in NATIVE_TARGETS)
+        certify(plan, folder, written, verify, **training)
+        write_card(folder, name=Path(output).expanduser().resolve().name)
 
     written = convert(plan, output, findings=findings, finish=finish, **place)
     if report is not None:

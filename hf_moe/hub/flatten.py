@@ -8,6 +8,7 @@ import builtins
 import importlib
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from ..architectures import ARCHITECTURES, CLASSIFIERS
 from ..modeling import BLOCKS, DecoderConfig
@@ -17,7 +18,9 @@ from .render import REGISTER, Section, render
 from .source import PACKAGE, Import, Statement, read_module
 
 # model type -> config, decoder and heads
-CLASSES = {name: (*classes, *CLASSIFIERS[name]) for name, classes in ARCHITECTURES.items()} | PUBLISHED
+CLASSES: dict[str, tuple[Any, ...]] = {
+    name: (*classes, *CLASSIFIERS[name]) for name, classes in ARCHITECTURES.items()
+} | PUBLISHED
 
 
 def flatten(config: DecoderConfig) -> str:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from hf_moe.cli.main import app, main
 
-COMMANDS = ["quickstart", "upcycle", "verify", "show", "env"]
+COMMANDS = ["quickstart", "upcycle", "verify", "card", "push", "run", "show", "env"]
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
@@ -31,7 +31,7 @@ def test_the_program_lists_its_commands():
 def test_a_user_error_is_one_line():
     result = run("show", "gpt5")
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("Error: Unknown model type 'gpt5'; choose from ['bam'")
+    assert result.stderr.startswith("Error: Unknown model type 'gpt5'; choose from ['bailing_moe', 'bam'")
     assert len(result.stderr.splitlines()) == 1
 
 

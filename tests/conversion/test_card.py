@@ -1,10 +1,13 @@
 """The card of a conversion says what the receipt says, and nothing about this machine."""
 
+import json
+
 import pytest
-from dense_models import dense_model, dense_models
+from dense_models import dense_models
 from huggingface_hub import ModelCard
 
 from hf_moe.conversion import read_receipt, upcycle
+from hf_moe.hub import write_card
 
 
 def make(tmp_path, target, licences=(None,), **options):
@@ -46,12 +49,10 @@ def test_what_was_not_measured_is_not_claimed(tmp_path, verify):
 
 def test_hub_ids_are_base_models(tmp_path):
     """A receipt that names one; the engine's own tests fetch from a local hub."""
-    from hf_moe.conversion import card
-    from hf_moe.conversion.sources import open_source
-
     make(tmp_path, "mixtral", num_experts=2)
     receipt = read_receipt(tmp_path / "out")
     receipt["sources"] = [{"hub_id": "someone/llama", "commit": "abc", "shards": {}}]
-    card.write_card(tmp_path / "out", receipt, [open_source(dense_model("llama"), 0)], native=True)
+    (tmp_path / "out" / "conversion.json").write_text(json.dumps(receipt))
+    write_card(tmp_path / "out")
     found = ModelCard.load(tmp_path / "out" / "README.md")
     assert found.data.base_model == ["someone/llama"] and "upcycled from someone/llama" in found.text

@@ -31,6 +31,10 @@ class FakeHub(ThreadingHTTPServer):
         self.blobs: dict[str, bytes] = {}  # LFS object id -> content
         self.requests: list[tuple[str, str]] = []  # (method, path)
         self.tokens: set[str] = set()  # what came in as `Authorization`
+        self.private: dict[str, bool] = {}
+        self.branches: dict[str, set[str]] = {}  # repo -> branches beside main
+        self.commits: list[tuple[str, str, bool]] = []  # (repo, branch, whether it is a pull request)
+        self.faults: list[tuple[str, int]] = []  # (pattern of a path, status) of answers to come; 0 hangs up
 
     @property
     def url(self) -> str:
@@ -74,6 +78,10 @@ class Handler(BaseHTTPRequestHandler):
         path, body = self.path.split("?")[0], self.read_body()
         self.server.requests.append((self.command, path))
         self.server.tokens.add(self.headers.get("Authorization", ""))
+        for fault in self.server.faults:
+            if re.fullmatch(fault[0], path):
+                self.server.faults.remove(fault)
+                return self.fail(fault[1])
         for pattern, answer in self.routes:
             if match := re.fullmatch(pattern, path):
                 return answer(self, body, **match.groupdict())
@@ -103,6 +111,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
+    def fail(self, status: int) -> None:
+        """Answer with an error; 0 hangs up without an answer."""
+        if status:
+            return self.send({"error": f"fault {status}"}, status)
+        self.close_connection = True
+        self.connection.shutdown(2)
+
     def not_found(self, code: str) -> None:
         self.send({"error": "Not found"}, 404, X_Error_Code=code)
 
@@ -111,8 +126,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send({"name": "me", "type": "user", "orgs": [], "auth": role})
 
     def create_repo(self, body: bytes) -> None:
-        repo = "me/" + json.loads(body)["name"].split("/")[-1]
+        asked = json.loads(body)
+        repo = "me/" + asked["name"].split("/")[-1]
         self.server.repos.setdefault(repo, {})
+        self.server.private.setdefault(repo, asked.get("visibility") == "private" or bool(asked.get("private")))
         self.send({"url": f"{self.server.url}/{repo}", "id": repo})
 
     def validate_card(self, body: bytes) -> None:
@@ -128,6 +145,8 @@ class Handler(BaseHTTPRequestHandler):
         """Tell where the large objects are to be put."""
         objects = [{key: item[key] for key in ("oid", "size")} for item in json.loads(body)["objects"]]
         for item in objects:
+            if item["oid"] in self.server.blobs:  # it need not be sent again
+                continue
             for action in ("upload", "verify"):
                 href = {"href": f"{self.server.url}/_lfs/{action}/{item['oid']}", "header": {}}
                 item.setdefault("actions", {})[action] = href
@@ -148,13 +167,21 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 self.server.repos[repo][value["path"]] = self.server.blobs[value["oid"]]
         url = f"{self.server.url}/{repo}/commit/{COMMIT}"
-        self.send({"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
+        proposed = "create_pr=1" in self.path
+        self.server.commits.append((repo, self.path.split("?")[0].split("/")[-1], proposed))
+        pull_request = {"pullRequestUrl": f"{self.server.url}/{repo}/discussions/1"} if proposed else {}
+        self.send({"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": "", **pull_request})
+
+    def create_branch(self, body: bytes, repo: str, branch: str) -> None:
+        self.server.branches.setdefault(repo, set()).add(branch)
+        self.send({})
 
     def model_info(self, body: bytes, repo: str) -> None:
         if repo not in self.server.repos:
             return self.not_found("RepoNotFound")
         files = [{"rfilename": path} for path in self.server.repos[repo]]
-        about = {"id": repo, "modelId": repo, "sha": COMMIT, "tags": [], "private": False, "downloads": 0, "likes": 0}
+        about = {"id": repo, "modelId": repo, "sha": COMMIT, "tags": [], "downloads": 0, "likes": 0}
+        about["private"] = self.server.private.get(repo, False)
         self.send({**about, "siblings": files, "lastModified": "2025-01-01T00:00:00.000Z"})
 
     def tree(self, body: bytes, repo: str) -> None:
@@ -178,6 +205,7 @@ class Handler(BaseHTTPRequestHandler):
         (rf"/{REPO}\.git/info/lfs/objects/batch", lfs_batch),
         ("/_lfs/(?P<action>upload|verify)/(?P<oid>.+)", lfs_object),
         (f"/api/models/{REPO}/commit/.*", commit),
+        (f"/api/models/{REPO}/branch/(?P<branch>.*)", create_branch),
         (f"/api/models/{REPO}(?:/revision/.*)?", model_info),
         (f"/api/models/{REPO}/tree/.*", tree),
         (f"/{REPO}/resolve/[^/]+/(?P<file>.+)", resolve),
