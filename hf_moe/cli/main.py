@@ -9,6 +9,7 @@ import typer
 
 from .card import card
 from .env import env
+from .export import export
 from .push import push
 from .quickstart import quickstart
 from .run import run
@@ -39,6 +40,8 @@ def options(
 
         hf-moe verify mixture law-model code-model
 
+        hf-moe export mixture --to flat --output standalone
+
         hf-moe card mixture
 
         hf-moe push mixture me/mixture --private
@@ -53,7 +56,7 @@ def options(
         os.environ["HF_MOE_DEBUG"] = "1"
 
 
-for command in (quickstart, upcycle, verify, card, push, show, env):
+for command in (quickstart, upcycle, verify, export, card, push, show, env):
     app.command()(command)
 app.command(context_settings={"ignore_unknown_options": True})(run)  # they belong to the other program
 

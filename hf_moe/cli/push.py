@@ -67,6 +67,14 @@ def push(
     typer.echo(f"Published {done.pull_request or done.url} ({done.commit})")
 
 
+def push_result(folder: Path, repo_id: str | None, private: bool | None) -> None:
+    """Publish what another command made, if that was asked for (`--push-to-hub REPO`)."""
+    if repo_id is not None:
+        push(folder, repo_id, private=private)
+    elif private is not None:
+        typer.echo("--private has no effect without --push-to-hub REPO", err=True)
+
+
 def list_files(folder: Path) -> None:
     """What a push would send, and what it would not."""
     from ..hub.files import model_files
