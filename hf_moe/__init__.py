@@ -141,7 +141,8 @@ from .modeling import (
     register,
 )
 from .modeling.code_files import STANDALONE, WRITERS
-from .published import PUBLISHED
+from .modeling.jetmoe import repair_jetmoe
+from .published import AMBIGUOUS, PUBLISHED
 
 __version__ = "0.1.0"
 
@@ -149,6 +150,26 @@ for model_type, (config_class, model_class, causal_lm_class) in ARCHITECTURES.it
     register(config_class, model_class, causal_lm_class, *CLASSIFIERS[model_type])
 for classes in PUBLISHED.values():
     register(*classes)
+repair_jetmoe()
+
+
+def enable(*model_types: str) -> None:
+    """Register public checkpoints whose model type other packages use for something else.
+
+    Args:
+        model_types: names in `hf_moe.published.AMBIGUOUS`: `plm`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if unknown := sorted(set(model_types) - AMBIGUOUS.keys()):
+        raise ValueError(f"{unknown} cannot be enabled; choose from {sorted(AMBIGUOUS)}.")
+    for model_type in model_types:
+        register(*AMBIGUOUS[model_type])
+
+
+def register_with_vllm() -> None:
+    """Entry point `vllm.general_plugins`: vLLM calls it in each of its processes; importing us was all it takes."""
 
 
 def flat_file(config: DecoderConfig) -> str:

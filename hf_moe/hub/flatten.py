@@ -13,7 +13,7 @@ from typing import Any
 from ..architectures import ARCHITECTURES, CLASSIFIERS
 from ..modeling import BLOCKS, DecoderConfig
 from ..modeling.parts import Part, resolve, walk
-from ..published import PUBLISHED
+from ..published import AMBIGUOUS, PUBLISHED
 from .render import REGISTER, Section, render
 from .source import PACKAGE, Import, Statement, read_module
 

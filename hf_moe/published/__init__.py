@@ -14,6 +14,13 @@ from .deepseek import (
     DeepseekForTokenClassification,
     DeepseekModel,
 )
+from .plm import (
+    PublishedPlmConfig,
+    PublishedPlmForCausalLM,
+    PublishedPlmForSequenceClassification,
+    PublishedPlmForTokenClassification,
+    PublishedPlmModel,
+)
 
 PUBLISHED = {  # model type -> config, decoder, causal language model, sequence classifier, token classifier
     "bailing_moe": (
@@ -29,5 +36,14 @@ PUBLISHED = {  # model type -> config, decoder, causal language model, sequence 
         DeepseekForCausalLM,
         DeepseekForSequenceClassification,
         DeepseekForTokenClassification,
+    ),
+}
+AMBIGUOUS = {  # types whose names others use too: registered by `hf_moe.enable` only
+    "plm": (
+        PublishedPlmConfig,
+        PublishedPlmModel,
+        PublishedPlmForCausalLM,
+        PublishedPlmForSequenceClassification,
+        PublishedPlmForTokenClassification,
     ),
 }

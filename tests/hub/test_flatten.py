@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 from hf_moe.hub.flatten import flatten
 from hf_moe.modeling.blocks import Block
 from hf_moe.modeling.model import DecoderModel
+from hf_moe.published import AMBIGUOUS, PUBLISHED
 
 SCRIPT = Path(__file__).with_name("run_flat.py")
 
@@ -97,6 +98,13 @@ def test_passes_the_linter_and_is_formatted(flat: dict[str, str], tmp_path: Path
         options = ["--isolated", "--no-cache", "--line-length", "119", str(tmp_path)]
         done = subprocess.run([*ruff, *command, *options], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("model_type", [*PUBLISHED, *AMBIGUOUS])
+def test_public_checkpoints_have_a_flat_file_too(model_type: str):
+    config = {**PUBLISHED, **AMBIGUOUS}[model_type][0]()
+    defined = {node.name for node in ast.parse(flatten(config)).body if isinstance(node, ast.ClassDef)}
+    assert {type(config).__name__, "DecoderModel"} <= defined
 
 
 def test_is_the_same_every_time(flat: dict[str, str]):

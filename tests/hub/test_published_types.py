@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import hf_moe  # noqa: F401 - registers the types
+import hf_moe  # registers the types
+from hf_moe.testing import tiny_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "published"))
 from naive import attention, rms_norm, rotate, silu, softmax
@@ -311,3 +312,16 @@ class TestErrors:
     def test_scoring(self):
         with pytest.raises(ValueError, match="scoring_func='sigmoid' is unknown"):
             AutoConfig.for_model("deepseek", scoring_func="sigmoid")
+
+
+def test_plm_on_request(tmp_path):
+    """The type `plm` is not ours alone: it loads when it was enabled, under its published names."""
+    settings = {**tiny_config("peripheral_lm").to_dict(), "model_type": "plm", "architectures": ["PLMForCausalLM"]}
+    model = hf_moe.PlmForCausalLM(tiny_config("peripheral_lm")).eval()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    hf_moe.enable("plm")
+    loaded = load(tmp_path / "published", settings, tensors)
+    assert type(loaded).__name__ == "PublishedPlmForCausalLM" and loaded.config.model_type == "plm"
+    assert torch.equal(loaded(torch.tensor([IDS])).logits, model(torch.tensor([IDS])).logits)
+    with pytest.raises(ValueError, match=r"\['minicpm'\] cannot be enabled; choose from \['plm'\]"):
+        hf_moe.enable("minicpm")
