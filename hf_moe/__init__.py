@@ -1,192 +1,39 @@
 """hf_moe: mixtures of experts for Transformers.
 
-Importing the package registers its architectures with the Auto classes; after that
-`AutoModelForCausalLM.from_pretrained` loads them like any other model.
+Importing the package makes its architectures known to the Auto classes; after that
+`AutoModelForCausalLM.from_pretrained` loads them like any other model. Nothing heavy is imported before it is used.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .architectures import (
-    ARCHITECTURES,
-    CLASSIFIERS,
-    BamConfig,
-    BamForCausalLM,
-    BamForSequenceClassification,
-    BamForTokenClassification,
-    BamModel,
-    BasedConfig,
-    BasedForCausalLM,
-    BasedForSequenceClassification,
-    BasedForTokenClassification,
-    BasedModel,
-    BlockFfnConfig,
-    BlockFfnForCausalLM,
-    BlockFfnForSequenceClassification,
-    BlockFfnForTokenClassification,
-    BlockFfnModel,
-    CoeConfig,
-    CoeForCausalLM,
-    CoeForSequenceClassification,
-    CoeForTokenClassification,
-    CoeModel,
-    DeepseekMoeConfig,
-    DeepseekMoeForCausalLM,
-    DeepseekMoeForSequenceClassification,
-    DeepseekMoeForTokenClassification,
-    DeepseekMoeModel,
-    DynamicMoeConfig,
-    DynamicMoeForCausalLM,
-    DynamicMoeForSequenceClassification,
-    DynamicMoeForTokenClassification,
-    DynamicMoeModel,
-    HfMoeConfig,
-    HfMoeForCausalLM,
-    HfMoeForSequenceClassification,
-    HfMoeForTokenClassification,
-    HfMoeModel,
-    LingConfig,
-    LingForCausalLM,
-    LingForSequenceClassification,
-    LingForTokenClassification,
-    LingModel,
-    MoaConfig,
-    MoaForCausalLM,
-    MoaForSequenceClassification,
-    MoaForTokenClassification,
-    MoaModel,
-    MoeXConfig,
-    MoeXForCausalLM,
-    MoeXForSequenceClassification,
-    MoeXForTokenClassification,
-    MoeXModel,
-    MogeConfig,
-    MogeForCausalLM,
-    MogeForSequenceClassification,
-    MogeForTokenClassification,
-    MogeModel,
-    MoleConfig,
-    MoleForCausalLM,
-    MoleForSequenceClassification,
-    MoleForTokenClassification,
-    MoleModel,
-    MonetConfig,
-    MonetForCausalLM,
-    MonetForSequenceClassification,
-    MonetForTokenClassification,
-    MonetModel,
-    PeerConfig,
-    PeerForCausalLM,
-    PeerForSequenceClassification,
-    PeerForTokenClassification,
-    PeerModel,
-    PlmConfig,
-    PlmForCausalLM,
-    PlmForSequenceClassification,
-    PlmForTokenClassification,
-    PlmModel,
-    RexMoeConfig,
-    RexMoeForCausalLM,
-    RexMoeForSequenceClassification,
-    RexMoeForTokenClassification,
-    RexMoeModel,
-    RMoeConfig,
-    RMoeForCausalLM,
-    RMoeForSequenceClassification,
-    RMoeForTokenClassification,
-    RMoeModel,
-    SigmaConfig,
-    SigmaForCausalLM,
-    SigmaForSequenceClassification,
-    SigmaForTokenClassification,
-    SigmaModel,
-    SmoeDropoutConfig,
-    SmoeDropoutForCausalLM,
-    SmoeDropoutForSequenceClassification,
-    SmoeDropoutForTokenClassification,
-    SmoeDropoutModel,
-    SwitchHeadConfig,
-    SwitchHeadForCausalLM,
-    SwitchHeadForSequenceClassification,
-    SwitchHeadForTokenClassification,
-    SwitchHeadModel,
-    ThorConfig,
-    ThorForCausalLM,
-    ThorForSequenceClassification,
-    ThorForTokenClassification,
-    ThorModel,
-    UltraMemConfig,
-    UltraMemForCausalLM,
-    UltraMemForSequenceClassification,
-    UltraMemForTokenClassification,
-    UltraMemModel,
-    WideNetConfig,
-    WideNetForCausalLM,
-    WideNetForSequenceClassification,
-    WideNetForTokenClassification,
-    WideNetModel,
-)
-from .modeling import (
-    BLOCKS,
-    EXPERTS,
-    FEED_FORWARDS,
-    MIXERS,
-    ROUTERS,
-    CacheMemory,
-    DecoderConfig,
-    MoeLayer,
-    ParameterCounts,
-    cache_memory,
-    count_parameters,
-    moe_layers,
-    register,
-)
-from .modeling.code_files import STANDALONE, WRITERS
-from .modeling.jetmoe import repair_jetmoe
-from .published import AMBIGUOUS, PUBLISHED
+from .lazy import after_import, watch_config_types
+
+if TYPE_CHECKING:
+    from .api import *
 
 __version__ = "0.1.0"
 
-for model_type, (config_class, model_class, causal_lm_class) in ARCHITECTURES.items():
-    register(config_class, model_class, causal_lm_class, *CLASSIFIERS[model_type])
-for classes in PUBLISHED.values():
-    register(*classes)
-repair_jetmoe()
+
+def repair_jetmoe() -> None:
+    """Mend Transformers' JetMoE, as soon as somebody imports it."""
+    from .modeling.jetmoe import repair_jetmoe
+
+    repair_jetmoe()
 
 
-def enable(*model_types: str) -> None:
-    """Register public checkpoints whose model type other packages use for something else.
-
-    Args:
-        model_types: names in `hf_moe.published.AMBIGUOUS`: `plm`.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if unknown := sorted(set(model_types) - AMBIGUOUS.keys()):
-        raise ValueError(f"{unknown} cannot be enabled; choose from {sorted(AMBIGUOUS)}.")
-    for model_type in model_types:
-        register(*AMBIGUOUS[model_type])
-
-
-def register_with_vllm() -> None:
-    """Entry point `vllm.general_plugins`: vLLM calls it in each of its processes; importing us was all it takes."""
-
-
-def flat_file(config: DecoderConfig) -> str:
-    """The architecture of a config as one file; the writer of it is imported when it is asked for."""
-    from .hub.flatten import flatten
-
-    return flatten(config)
-
-
-WRITERS[STANDALONE] = flat_file
-del classes, model_type, config_class, model_class, causal_lm_class
+watch_config_types()
+after_import("transformers.models.jetmoe.modeling_jetmoe", repair_jetmoe)
 
 
 def __getattr__(name: str) -> Any:
-    """`hf_moe.lora_config` needs PEFT, which is imported when it is asked for."""
-    if name == "lora_config":
-        from .tuning import lora_config
+    """Whatever `api` has."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    value = globals()[name] = getattr(import_module("hf_moe.api"), name)
+    return value
 
-        return lora_config
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    """For completion in notebooks."""
+    return sorted({*globals(), *vars(import_module("hf_moe.api"))})

@@ -14,6 +14,7 @@ import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import hf_moe
+from hf_moe.lazy import MODEL_TYPES
 
 ROOT = Path(hf_moe.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -31,6 +32,8 @@ MAY_IMPORT = {  # package -> packages of ours it may import
         *{"modeling", "architectures", "published", "conversion", "tuning", "training", "inference", "analysis", "hub"}
     },
     "testing": {"modeling", "architectures"},
+    "api": {"modeling", "architectures", "published", "hub", "tuning"},
+    "lazy": set(),
 }
 LEVELS = [  # inside modeling: a module imports lower levels only
     {
@@ -169,3 +172,20 @@ def test_import_is_lazy():
     code = f"import sys, hf_moe; print([name for name in {lazy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_importing_the_package_imports_no_classes():
+    """They come with the first use: by type, by name, or by one of our own packages."""
+    assert set(hf_moe.ARCHITECTURES) | set(hf_moe.PUBLISHED) == MODEL_TYPES
+    heavy = (
+        "[name for name in sys.modules if name.startswith('hf_moe.modeling') or name == 'transformers.modeling_utils']"
+    )
+    steps = f"""
+import sys, hf_moe
+assert not {heavy}, {heavy}
+from transformers import AutoConfig
+assert AutoConfig.for_model("bam").num_experts and {heavy}
+from transformers import AutoModelForCausalLM
+assert hf_moe.BamForCausalLM in AutoModelForCausalLM._model_mapping.values()
+"""
+    subprocess.run([sys.executable, "-c", steps], check=True)

@@ -1,5 +1,6 @@
-"""Published architectures: each file spells one paper in terms of parts."""
+"""Published architectures: each file spells one paper in terms of parts. Importing them registers them."""
 
+from ..modeling.host import register
 from .bam import (
     BamConfig,
     BamForCausalLM,
@@ -213,3 +214,7 @@ CLASSIFIERS = {  # model_type -> (sequence classifier, token classifier)
     "peer": (PeerForSequenceClassification, PeerForTokenClassification),
     "ultramem": (UltraMemForSequenceClassification, UltraMemForTokenClassification),
 }
+
+for model_type, classes in ARCHITECTURES.items():
+    register(*classes, *CLASSIFIERS[model_type])  # pyright: ignore[reportCallIssue] - five classes
+del classes, model_type

@@ -18,9 +18,9 @@ from .render import REGISTER, Section, render
 from .source import PACKAGE, Import, Statement, read_module
 
 # model type -> config, decoder and heads
-CLASSES: dict[str, tuple[Any, ...]] = {
-    name: (*classes, *CLASSIFIERS[name]) for name, classes in ARCHITECTURES.items()
-} | PUBLISHED
+CLASSES: dict[str, tuple[Any, ...]] = (
+    {name: (*classes, *CLASSIFIERS[name]) for name, classes in ARCHITECTURES.items()} | PUBLISHED | AMBIGUOUS
+)
 
 
 def flatten(config: DecoderConfig) -> str:

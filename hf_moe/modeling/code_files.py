@@ -4,6 +4,7 @@ Either a stub, which imports them from this package, or, with `self_contained=Tr
 flat file that needs torch and transformers only. This module is part of that flat file, and there hands on the file.
 """
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,8 @@ def carry_code(config: Any, folder: str | Path) -> None:
     chosen = (getattr(config, "auto_map", None) or {}).get("AutoConfig", STUB)
     file = chosen.split("--")[-1].partition(".")[0]
     if __name__.startswith("hf_moe."):
+        if file == STANDALONE:
+            importlib.import_module("hf_moe.api")  # adds its writer, which modeling may not know
         file = file if file in WRITERS else STUB
         text = WRITERS[file](config)
     else:  # a flat file

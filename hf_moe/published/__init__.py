@@ -1,5 +1,9 @@
-"""Public checkpoints under their own type and names, that Transformers 5 cannot load any more."""
+"""Public checkpoints that Transformers 5 cannot load any more, under their own type and names.
 
+Importing them registers them.
+"""
+
+from ..modeling.host import register
 from .bailing_moe import (
     BailingMoeConfig,
     BailingMoeForCausalLM,
@@ -47,3 +51,7 @@ AMBIGUOUS = {  # types whose names others use too: registered by `hf_moe.enable`
         PublishedPlmForTokenClassification,
     ),
 }
+
+for classes in PUBLISHED.values():
+    register(*classes)
+del classes
