@@ -14,6 +14,13 @@ from .deepseek import (
     DeepseekForTokenClassification,
     DeepseekModel,
 )
+from .llama_moe import (
+    LlamaMoEConfig,
+    LlamaMoEForCausalLM,
+    LlamaMoEForSequenceClassification,
+    LlamaMoEForTokenClassification,
+    LlamaMoEModel,
+)
 
 PUBLISHED = {  # model type -> config, decoder, causal language model, sequence classifier, token classifier
     "bailing_moe": (
@@ -29,5 +36,12 @@ PUBLISHED = {  # model type -> config, decoder, causal language model, sequence 
         DeepseekForCausalLM,
         DeepseekForSequenceClassification,
         DeepseekForTokenClassification,
+    ),
+    "llama_moe": (
+        LlamaMoEConfig,
+        LlamaMoEModel,
+        LlamaMoEForCausalLM,
+        LlamaMoEForSequenceClassification,
+        LlamaMoEForTokenClassification,
     ),
 }
