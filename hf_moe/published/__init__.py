@@ -21,6 +21,13 @@ from .llama_moe import (
     LlamaMoEForTokenClassification,
     LlamaMoEModel,
 )
+from .pangu_pro_moe import (
+    PanguProMoEConfig,
+    PanguProMoEForCausalLM,
+    PanguProMoEForSequenceClassification,
+    PanguProMoEForTokenClassification,
+    PanguProMoEModel,
+)
 
 PUBLISHED = {  # model type -> config, decoder, causal language model, sequence classifier, token classifier
     "bailing_moe": (
@@ -43,5 +50,12 @@ PUBLISHED = {  # model type -> config, decoder, causal language model, sequence 
         LlamaMoEForCausalLM,
         LlamaMoEForSequenceClassification,
         LlamaMoEForTokenClassification,
+    ),
+    "PanguProMoE": (
+        PanguProMoEConfig,
+        PanguProMoEModel,
+        PanguProMoEForCausalLM,
+        PanguProMoEForSequenceClassification,
+        PanguProMoEForTokenClassification,
     ),
 }
