@@ -7,6 +7,13 @@ from .bailing_moe import (
     BailingMoeForTokenClassification,
     BailingMoeModel,
 )
+from .bailing_moe_linear import (
+    BailingMoeLinearV2Config,
+    BailingMoeLinearV2ForCausalLM,
+    BailingMoeLinearV2ForSequenceClassification,
+    BailingMoeLinearV2ForTokenClassification,
+    BailingMoeLinearV2Model,
+)
 from .deepseek import (
     DeepseekConfig,
     DeepseekForCausalLM,
@@ -57,5 +64,12 @@ PUBLISHED = {  # model type -> config, decoder, causal language model, sequence 
         PanguProMoEForCausalLM,
         PanguProMoEForSequenceClassification,
         PanguProMoEForTokenClassification,
+    ),
+    "bailing_moe_linear": (
+        BailingMoeLinearV2Config,
+        BailingMoeLinearV2Model,
+        BailingMoeLinearV2ForCausalLM,
+        BailingMoeLinearV2ForSequenceClassification,
+        BailingMoeLinearV2ForTokenClassification,
     ),
 }
