@@ -1,8 +1,8 @@
 """Ring-linear 2.0 as published: type `bailing_moe_linear`, whose code for Transformers 4 no longer runs
 (https://arxiv.org/abs/2510.19338).
 
-inclusionAI/Ring-{mini,flash}-linear-2.0 (`BailingMoeLinearV2ForCausalLM`): Ling 2.0 with lightning attention in all but
-the last layer of each group. Fields and saved names are those of their config.json and safetensors files.
+inclusionAI/Ring-{mini,flash}-linear-2.0 (`BailingMoeLinearV2ForCausalLM`): Ling 2.0 with lightning attention in all
+but the last layer of each group. Fields and saved names are those of their config.json and safetensors files.
 """
 
 from typing import Any, ClassVar
@@ -70,11 +70,9 @@ class BailingMoeLinearV2Config(BailingMoeConfig):
     @property
     def block_pattern(self) -> list[str]:
         """Ling's kinds of layers, in turns with lightning and softmax attention."""
-        whole = self.num_hidden_layers // self.layer_group_size * self.layer_group_size
-        softmax = [
-            (layer + 1) % self.layer_group_size == 0 or layer >= whole for layer in range(self.num_hidden_layers)
-        ]
-        kinds = super().block_pattern
+        kinds, size = super().block_pattern, self.layer_group_size
+        whole = len(kinds) // size * size
+        softmax = [(layer + 1) % size == 0 or layer >= whole for layer in range(len(kinds))]
         return [kind if is_softmax else f"linear_{kind}" for kind, is_softmax in zip(kinds, softmax)]
 
     @property
