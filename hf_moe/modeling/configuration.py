@@ -37,7 +37,7 @@ class DecoderConfig(CarriesCode, PreTrainedConfig):
         router_balance_loss: which loss `router_aux_loss_coef` weighs, a name in `modeling.losses.BALANCE_LOSSES`:
             `switch` within each micro-batch, `sequence` within each sequence (DeepSeek-V3), `global` over the whole
             optimizer step (with `hf_moe.training.LoadBalancing`), `averaged_null` (AdaMoE), `importance`,
-            `score_importance`.
+            `score_importance`, `importance_load` (LLaMA-MoE).
 
     Raises:
         ValueError: unknown part or option, head counts that do not divide, more experts per token than experts.

@@ -189,7 +189,27 @@ def score_importance(
     return importance_loss(shares(scores), context.token_mask)
 
 
-# (scores, indices, weights, context, loads=, num_zero_experts=) -> scalar
+def importance_load(
+    scores: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    context: ForwardContext,
+    *,
+    chances: torch.Tensor | None = None,
+    **others: Any,
+) -> torch.Tensor:
+    """`CV^2(importance) + CV^2(load)` (https://arxiv.org/abs/1701.06538, eq. 6-11) as LLaMA-MoE's code adds them up.
+
+    Importance is that of `importance`; the load of an expert is the sum of its `chances` (N, E), or, from routers that
+    know none, its number of tokens, which has no gradient. The variance is a sample's, divided by E - 1: collapse
+    onto one expert gives 2 E, perfect balance 0.
+    """
+    load = assignments(scores, indices, weights) if chances is None else chances
+    both = importance(scores, indices, weights, context) + importance_loss(load, context.token_mask)
+    return both * (scores.shape[-1] / max(scores.shape[-1] - 1, 1))
+
+
+# (scores, indices, weights, context, loads=, num_zero_experts=, chances=) -> scalar
 BALANCE_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "switch": switch,
     "averaged_null": averaged_null,
@@ -197,6 +217,7 @@ BALANCE_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "global": global_batch,
     "importance": importance,
     "score_importance": score_importance,
+    "importance_load": importance_load,
 }
 
 

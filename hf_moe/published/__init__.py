@@ -11,12 +11,33 @@ from .bailing_moe import (
     BailingMoeForTokenClassification,
     BailingMoeModel,
 )
+from .bailing_moe_linear import (
+    BailingMoeLinearV2Config,
+    BailingMoeLinearV2ForCausalLM,
+    BailingMoeLinearV2ForSequenceClassification,
+    BailingMoeLinearV2ForTokenClassification,
+    BailingMoeLinearV2Model,
+)
 from .deepseek import (
     DeepseekConfig,
     DeepseekForCausalLM,
     DeepseekForSequenceClassification,
     DeepseekForTokenClassification,
     DeepseekModel,
+)
+from .llama_moe import (
+    LlamaMoEConfig,
+    LlamaMoEForCausalLM,
+    LlamaMoEForSequenceClassification,
+    LlamaMoEForTokenClassification,
+    LlamaMoEModel,
+)
+from .pangu_pro_moe import (
+    PanguProMoEConfig,
+    PanguProMoEForCausalLM,
+    PanguProMoEForSequenceClassification,
+    PanguProMoEForTokenClassification,
+    PanguProMoEModel,
 )
 from .plm import (
     PublishedPlmConfig,
@@ -40,6 +61,27 @@ PUBLISHED = {  # model type -> config, decoder, causal language model, sequence 
         DeepseekForCausalLM,
         DeepseekForSequenceClassification,
         DeepseekForTokenClassification,
+    ),
+    "llama_moe": (
+        LlamaMoEConfig,
+        LlamaMoEModel,
+        LlamaMoEForCausalLM,
+        LlamaMoEForSequenceClassification,
+        LlamaMoEForTokenClassification,
+    ),
+    "PanguProMoE": (
+        PanguProMoEConfig,
+        PanguProMoEModel,
+        PanguProMoEForCausalLM,
+        PanguProMoEForSequenceClassification,
+        PanguProMoEForTokenClassification,
+    ),
+    "bailing_moe_linear": (
+        BailingMoeLinearV2Config,
+        BailingMoeLinearV2Model,
+        BailingMoeLinearV2ForCausalLM,
+        BailingMoeLinearV2ForSequenceClassification,
+        BailingMoeLinearV2ForTokenClassification,
     ),
 }
 AMBIGUOUS = {  # types whose names others use too: registered by `hf_moe.enable` only

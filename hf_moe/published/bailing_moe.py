@@ -89,7 +89,7 @@ class BailingMoeConfig(LingConfig):
         """With the published spelling of what others read: the rotated part, and which generation this is."""
         settings = {**super().to_dict(), "partial_rotary_factor": self.rotary_fraction}
         if not self.first_version and settings.get("architectures"):
-            names = (re.sub(r"^BailingMoe(?!V2)", "BailingMoeV2", name) for name in settings["architectures"])
+            names = (re.sub(r"^BailingMoe(?=For|Model)", "BailingMoeV2", name) for name in settings["architectures"])
             settings["architectures"] = list(names)
         return settings
 

@@ -54,6 +54,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "relu_norm": {"type": "relu_norm", "chunk_size": 4},
     # sampling is tested with fixed draws, in tests/published/test_sparse_mixer.py
     "sparse_mixer": {"type": "sparse_mixer", "top_k": 3, "top_p": 0.7, "sample": False, "always_experts": 1},
+    # noise is tested with fixed draws, in tests/published/test_noisy_top_k.py
+    "noisy_top_k": {"type": "noisy_top_k", "network": "mlp", "noise": False, "scale": 2.0},
 }
 EXPERTS: dict[str, dict[str, Any]] = {
     "swiglu": {"type": "swiglu", "intermediate_size": 16},

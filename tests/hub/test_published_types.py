@@ -1,13 +1,11 @@
 """Public checkpoints by their published config, names and mathematics, at tiny size."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from published_checkpoints import IDS, load, mlp, random_tensors, saves_back
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -15,44 +13,7 @@ import hf_moe  # registers the types
 from hf_moe.testing import tiny_config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "published"))
-from naive import attention, rms_norm, rotate, silu, softmax
-
-IDS = [5, 9, 3, 17, 40, 8]
-
-
-def load(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> torch.nn.Module:
-    """Write a checkpoint as published and load it as a user would; every key is used and none is missing."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")), info
-    return model.eval()
-
-
-def saves_back(model: torch.nn.Module, folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """The same names and numbers in the files, the same values in the published fields."""
-    model.save_pretrained(folder)
-    saved = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
-    assert saved.keys() == tensors.keys()
-    assert all(torch.equal(saved[key], tensor) for key, tensor in tensors.items())
-    written = json.loads((folder / "config.json").read_text())
-    known = {key: value for key, value in config.items() if key not in ("auto_map", "torch_dtype", "rope_theta")}
-    assert {key: written.get(key) for key in known if known[key] is not None} == {
-        key: value for key, value in known.items() if value is not None
-    }
-    assert written["rope_parameters"]["rope_theta"] == config["rope_theta"]
-
-
-def random_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: 1 + 0.1 * torch.randn(shape, generator=generator)
-        if len(shape) == 1 and "norm" in name
-        else 0.3 * torch.randn(shape, generator=generator)
-        for name, shape in shapes.items()
-    }
-
+from naive import attention, rms_norm, rotate, softmax
 
 DEEPSEEK = {
     "architectures": ["DeepseekForCausalLM"],
@@ -108,11 +69,6 @@ def deepseek_tensors(bias: bool = False) -> dict[str, Tensor]:
         if layer:
             shapes[f"{name}mlp.gate.weight"] = (5, 32)
     return random_tensors(shapes)
-
-
-def mlp(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    gate, up = (w[f"{name}{half}_proj.weight"] @ x for half in ("gate", "up"))
-    return w[f"{name}down_proj.weight"] @ (silu(gate) * up)
 
 
 def deepseek_logits(tensors: dict[str, Tensor]) -> Tensor:

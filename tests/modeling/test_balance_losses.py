@@ -10,6 +10,7 @@ from hf_moe.modeling.losses import BALANCE_LOSSES, importance_loss, sequence_los
 EXPERTS = 4
 AT_BALANCE = {"switch": 1, "averaged_null": 1, "sequence": 1, "global": 1, "importance": 0, "score_importance": 0}
 AT_COLLAPSE = {**dict.fromkeys(AT_BALANCE, EXPERTS), "importance": EXPERTS - 1, "score_importance": EXPERTS - 1}
+AT_BALANCE["importance_load"], AT_COLLAPSE["importance_load"] = 0, 2 * EXPERTS
 
 
 def value(kind: str, scores, indices, weights, context=None, loads=None, num_zero_experts=0) -> float:

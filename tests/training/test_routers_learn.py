@@ -62,6 +62,7 @@ ROWS = {
     "top_p": Row(),
     "relu_norm": Row({"chunk_size": LENGTH}, experts="mlp"),
     "sparse_mixer": Row(),
+    "noisy_top_k": Row({"top_k": 2, "network": "mlp"}),
 }
 
 

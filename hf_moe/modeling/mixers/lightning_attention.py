@@ -43,8 +43,8 @@ def decay_slopes(convention: str, num_heads: int, layer: int, num_layers: int, d
 class LightningAttention(RecurrentMixer):
     """Linear attention that forgets at a fixed rate per head and normalizes its output; the state is H d^2 in float32.
 
-    Defaults are MiniMax's (with `rms_norm_eps=1e-6`). Ring-linear: `slopes="ring", scaled=True, qk_norm=True,
-    partial_rotary_factor=0.5, group_norm_size=4`.
+    Defaults are MiniMax's (with `rms_norm_eps=1e-6`). Ring-linear: `slopes="ring", silu=False, scaled=True,
+    qk_norm=True, partial_rotary_factor=0.5, group_norm_size=4`.
 
     Args:
         slopes: convention of the decays, `minimax`, `ring` or `fla`; see `decay_slopes`.

@@ -6,6 +6,7 @@ from .decoupled import Decoupled
 from .frozen import Frozen
 from .grouped_top_k import GroupedTopK
 from .modality import Modality
+from .noisy_top_k import NoisyTopK
 from .pre_gated import PreGated
 from .prototype import Prototype
 from .random import Random
@@ -35,4 +36,5 @@ ROUTERS: dict[str, type[Router]] = {
     "top_p": TopP,
     "relu_norm": ReluNorm,
     "sparse_mixer": SparseMixer,
+    "noisy_top_k": NoisyTopK,
 }

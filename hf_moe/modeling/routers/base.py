@@ -29,6 +29,7 @@ class Routing(NamedTuple):
     indices: torch.Tensor  # (N, K)
     state: torch.Tensor | None = None  # what the next layer's router receives, with its gradient
     loss: torch.Tensor | None = None  # scalar: losses of the router's own, weighted by coefficients of its own
+    chances: torch.Tensor | None = None  # (N, E) how probably each expert was chosen, with gradient; None: not known
 
 
 class Router(Part):
@@ -103,6 +104,7 @@ class Router(Part):
             context,
             loads=self.loads if self.training else None,
             num_zero_experts=self.num_zero_experts,
+            chances=routing.chances,
         )
         own = balance.new_zeros(()) if routing.loss is None else routing.loss.to(balance.dtype)
         return torch.stack([balance, router_z_loss(routing.logits, context.token_mask), own])
