@@ -1,0 +1,91 @@
+"""How a model's cache grows with the text, measured on the meta device: sizes of tensors, no weights, no memory."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..modeling import CacheMemory, moe_layers_if_any
+from ..modeling.feed_forwards.base import FeedForward
+
+SHORTEST = 256  # tokens: a multiple of the ratios at which caches are compressed (DeepSeek-V4: 4 and 128)
+
+
+@torch.no_grad()
+def cache_growth(model: PreTrainedModel) -> CacheMemory:
+    """What the cache of one sequence of T tokens weighs: `per_sequence + per_token T` bytes, past every window.
+
+    A sliding window is full then, so it is part of `per_sequence`; so are recurrent states. Keys, values and states
+    count in the types in which the model holds them.
+
+    Args:
+        model: on the meta device (`hf_moe.modeling.empty_model`); its feed-forwards are disabled by this.
+
+    Raises:
+        ValueError: a model without a cache, one that cannot run without data, or one whose cache does not grow evenly.
+    """
+    disable_feed_forwards(model)
+    fix_rotations(model)
+    length = SHORTEST * -(-2 * longest_window(model.config.get_text_config()) // SHORTEST)
+    first, second, third = (cache_bytes(model, length * times) for times in (1, 2, 3))
+    if third - second != second - first:
+        raise ValueError("the cache does not grow evenly")
+    per_token = (second - first) / length
+    return CacheMemory(per_token, round(first - per_token * length))
+
+
+def disable_feed_forwards(model: PreTrainedModel) -> None:
+    """Let experts return zeros: what they compute depends on data, and no cache depends on them."""
+    for module in model.modules():
+        if isinstance(module, FeedForward):
+            module.forward = lambda hidden_states, state=None, *context: (torch.zeros_like(hidden_states), state, None)
+    for layer in moe_layers_if_any(model):
+        if layer.experts is not layer.module:
+            layer.experts.forward = lambda hidden_states, *routing, **options: torch.zeros_like(hidden_states)
+
+
+def fix_rotations(model: PreTrainedModel) -> None:
+    """Stop rotary tables from asking how long the text is (LongRoPE, dynamic NTK): no cache depends on them."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str):
+            module.rope_type = "default"  # pyright: ignore[reportArgumentType]
+        elif isinstance(kinds, dict):
+            module.rope_type = dict.fromkeys(kinds, "default")  # pyright: ignore[reportArgumentType]
+
+
+def longest_window(config: Any) -> int:
+    """The longest span of tokens that a layer of a config may keep, at least half of `SHORTEST`."""
+    windows = (value for name, value in vars(config).items() if "window" in name or name.endswith("chunk_size"))
+    return max([SHORTEST // 2, *(value for value in windows if type(value) is int)])
+
+
+def cache_bytes(model: PreTrainedModel, length: int) -> int:
+    """What the cache holds after so many tokens."""
+    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+    try:
+        output = model.base_model(input_ids=ids, use_cache=True)
+    except (RuntimeError, ValueError) as error:  # torch's way to say that a value is needed
+        raise ValueError(f"the model does not run without data: {str(error).splitlines()[0]}") from error
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        raise ValueError("the model has no cache")
+    found: dict[int, torch.Tensor] = {}
+    for layer in cache.layers:
+        collect(vars(layer), found)
+    return sum(tensor.nbytes for tensor in found.values())
+
+
+def collect(held: Any, found: dict[int, torch.Tensor]) -> None:
+    """Gather the floating-point tensors in whatever a cache layer keeps; the others are counters."""
+    if isinstance(held, torch.Tensor) and held.is_floating_point():
+        found[id(held)] = held
+    elif isinstance(held, dict):
+        for item in held.values():
+            collect(item, found)
+    elif isinstance(held, list | tuple):
+        for item in held:
+            collect(item, found)
+    elif hasattr(held, "__dict__") and not isinstance(held, type | nn.Module | torch.Tensor):
+        collect(vars(held), found)
