@@ -1,12 +1,13 @@
-"""How a model's cache grows with the text, measured on the meta device: sizes of tensors, no weights, no memory."""
+"""How a model's cache grows with the text, measured by running its mixers on tensors without data: nothing is loaded."""
 
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from ..modeling import CacheMemory, moe_layers_if_any
+from ..modeling import CacheMemory, DecoderConfig, moe_layers_if_any
 from ..modeling.feed_forwards.base import FeedForward
 
 SHORTEST = 256  # tokens: a multiple of the ratios at which caches are compressed (DeepSeek-V4: 4 and 128)
@@ -28,7 +29,9 @@ def cache_growth(model: PreTrainedModel) -> CacheMemory:
     disable_feed_forwards(model)
     fix_rotations(model)
     length = SHORTEST * -(-2 * longest_window(model.config.get_text_config()) // SHORTEST)
-    first, second, third = (cache_bytes(model, length * times) for times in (1, 2, 3))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")  # autocast and kernels do not know the meta device
+        first, second, third = (cache_bytes(model, length * times) for times in (1, 2, 3))
     if third - second != second - first:
         raise ValueError("the cache does not grow evenly")
     per_token = (second - first) / length
@@ -37,6 +40,8 @@ def cache_growth(model: PreTrainedModel) -> CacheMemory:
 
 def disable_feed_forwards(model: PreTrainedModel) -> None:
     """Let experts return zeros: what they compute depends on data, and no cache depends on them."""
+    if isinstance(model.config, DecoderConfig):  # experts in attention: the one way that knows its sizes beforehand
+        model.set_experts_implementation("batched_mm")
     for module in model.modules():
         if isinstance(module, FeedForward):
             module.forward = lambda hidden_states, state=None, *context: (torch.zeros_like(hidden_states), state, None)
@@ -63,17 +68,18 @@ def longest_window(config: Any) -> int:
 
 def cache_bytes(model: PreTrainedModel, length: int) -> int:
     """What the cache holds after so many tokens."""
-    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+    ids = torch.zeros(1, length, dtype=torch.long)
+    # without a cache to begin with, Transformers looks for packed sequences in our `position_ids`
+    begun = {"past_key_values": DynamicCache(config=model.config)} if isinstance(model.config, DecoderConfig) else {}
     try:
-        output = model.base_model(input_ids=ids, use_cache=True)
+        output = model.base_model(input_ids=ids, use_cache=True, **begun)
     except (RuntimeError, ValueError) as error:  # torch's way to say that a value is needed
         raise ValueError(f"the model does not run without data: {str(error).splitlines()[0]}") from error
     cache = getattr(output, "past_key_values", None)
     if cache is None:
         raise ValueError("the model has no cache")
     found: dict[int, torch.Tensor] = {}
-    for layer in cache.layers:
-        collect(vars(layer), found)
+    collect(vars(cache), found)
     return sum(tensor.nbytes for tensor in found.values())
 
 
@@ -87,5 +93,5 @@ def collect(held: Any, found: dict[int, torch.Tensor]) -> None:
     elif isinstance(held, list | tuple):
         for item in held:
             collect(item, found)
-    elif hasattr(held, "__dict__") and not isinstance(held, type | nn.Module | torch.Tensor):
+    elif hasattr(held, "__dict__") and not isinstance(held, type | nn.Module | torch.Tensor | PreTrainedConfig):
         collect(vars(held), found)
