@@ -2,4 +2,5 @@
 
 from .facts import Inspection, ModelFacts, model_facts
 from .layer_table import LayerRow
+from .report import html_report
 from .routing import LayerRouting, RoutingFacts, expert_statistics

@@ -95,7 +95,12 @@ def num_parameters(module: nn.Module) -> int:
 
 
 def row_of(
-    stack: str, number: int, layer: nn.Module, mixtures: list[MoeLayer], model: PreTrainedModel, shares: dict[Any, float]
+    stack: str,
+    number: int,
+    layer: nn.Module,
+    mixtures: list[MoeLayer],
+    model: PreTrainedModel,
+    shares: dict[Any, float],
 ) -> LayerRow:
     """One layer, whose mixtures are known."""
     halves, routers = second_halves(layer, mixtures), [m.gate for m in mixtures]
@@ -216,4 +221,3 @@ def width_of(module: Any) -> int | None:
         if isinstance(last, nn.Linear):
             return last.in_features
     return None
-

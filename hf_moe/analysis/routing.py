@@ -1,11 +1,12 @@
 """How a model's routers use their experts on given texts.
 
-Letters: B rows, T tokens, N = B T, E experts to choose from (those without parameters stand behind the others), K chosen
-per token, M domains.
+Letters: B rows, T tokens, N = B T, E experts to choose from (those without parameters stand behind the others), K
+chosen per token, M domains.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -62,10 +63,12 @@ class RoutingFacts:
     Args:
         tokens: domain -> tokens that were read, without padding.
         layers: in order of depth.
+        not_called: paths of MoE layers that text does not pass through: multi-token prediction, images.
     """
 
     tokens: dict[str, int]
     layers: list[LayerRouting]
+    not_called: list[str]
 
 
 class Counts:
@@ -86,7 +89,9 @@ class Counts:
         size = self.loads.shape[1]
         self.loads[domain] += torch.bincount(indices[used], minlength=size).cpu()
         chosen = torch.zeros(len(indices), size + 1, device=indices.device)
-        chosen = chosen.scatter_(1, indices.where(used, size), 1.0)[:, :size]  # unused slots go to a column of their own
+        chosen = chosen.scatter_(1, indices.where(used, size), 1.0)[
+            :, :size
+        ]  # unused slots go to a column of their own
         self.pairs += (chosen.T @ chosen).round().long().cpu()  # exact in float32 below 2^24 tokens
         self.choices += len(indices)
         self.add_scores(scores(call)[real].double())
@@ -134,7 +139,9 @@ def expert_statistics(
     counts = {layer.name: Counts(layer.num_experts + layer.num_zero_experts, len(read)) for layer in layers}
     run_domains(model, list(read.values()), counts, batch_size, progress)
     tokens = {name: sum(map(len, found)) for name, found in read.items()}
-    return RoutingFacts(tokens, [summarize(layer, counts[layer.name], list(read)) for layer in layers])
+    called = [layer for layer in layers if counts[layer.name].choices]
+    not_called = [layer.name for layer in layers if not counts[layer.name].choices]
+    return RoutingFacts(tokens, [summarize(layer, counts[layer.name], list(read)) for layer in called], not_called)
 
 
 def pieces(documents: Iterable[Sequence[int]], max_tokens: int, max_length: int) -> Iterator[Sequence[int]]:
@@ -156,15 +163,11 @@ def run_domains(
     progress: Callable[[int], Any] | None,
 ) -> None:
     """Read everything once and count."""
-    current, ours, was_training = 0, isinstance(model.config, DecoderConfig), model.training
-
-    def watch(call: RouterCall) -> None:
-        counts[call.layer.name].add(current, call, ours)
-
+    ours, was_training = isinstance(model.config, DecoderConfig), model.training
     model.eval()
     try:
-        with watched_routers(model, watch):
-            for current, texts in enumerate(domains):
+        for number, texts in enumerate(domains):
+            with watched_routers(model, partial(count, counts, number, ours)):
                 remaining = iter(sorted(texts, key=len))  # equal lengths together: little padding
                 while batch := list(islice(remaining, batch_size)):
                     model.base_model(**padded(batch, model.device), use_cache=False)
@@ -172,6 +175,11 @@ def run_domains(
                         progress(sum(map(len, batch)))
     finally:
         model.train(was_training)
+
+
+def count(counts: Mapping[str, Counts], domain: int, ours: bool, call: RouterCall) -> None:
+    """After every call of a router."""
+    counts[call.layer.name].add(domain, call, ours)
 
 
 def padded(batch: list[Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
@@ -185,13 +193,7 @@ def padded(batch: list[Sequence[int]], device: torch.device) -> dict[str, torch.
 
 
 def summarize(layer: MoeLayer, counts: Counts, names: list[str]) -> LayerRouting:
-    """The figures of one layer.
-
-    Raises:
-        ValueError: the layer was never called.
-    """
-    if not counts.choices:
-        raise ValueError(f"The router of {layer.name!r} was not called by the text: its experts cannot be measured.")
+    """The figures of one layer, which was called."""
     pooled, by_domain = counts.loads.sum(0), shares(counts.loads)
     relative = specialization(by_domain)
     return LayerRouting(

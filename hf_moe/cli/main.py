@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .env import env
+from .inspect import inspect
 from .quickstart import quickstart
 from .show import show
 from .upcycle import upcycle
@@ -36,6 +37,8 @@ def options(
 
         hf-moe verify mixture law-model code-model
 
+        hf-moe inspect mixture --data code.txt --report routing.html
+
         hf-moe show bam
 
         hf-moe env
@@ -44,7 +47,7 @@ def options(
         os.environ["HF_MOE_DEBUG"] = "1"
 
 
-for command in (quickstart, upcycle, verify, show, env):
+for command in (quickstart, upcycle, verify, inspect, show, env):
     app.command()(command)
 
 

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -45,7 +44,7 @@ def count_parameters(config: PreTrainedConfig) -> ParameterCounts:
     return parameters_of(empty_model(config))
 
 
-def parameters_of(model: PreTrainedModel) -> ParameterCounts:
+def parameters_of(model: Any) -> ParameterCounts:
     """`count_parameters` of a model that is there, on any device."""
     shares = shares_of(model)
     parameters = list(model.parameters())
@@ -58,7 +57,7 @@ def shares_of(model: Any) -> dict[nn.Parameter, float]:
     """Parameters of which a token uses only a share, and that share."""
     shares: Counter[nn.Parameter] = Counter()
     if isinstance(model.config, DecoderConfig):
-        shared = model.base_model.shared
+        shared: Any = model.base_model.shared
         found = (use for module in model.modules() for use in uses(module, shared))
     else:
         found = native_uses(model)

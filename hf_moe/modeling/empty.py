@@ -11,7 +11,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-KINDS: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel)  # the first that knows a config
+KINDS: tuple[Any, ...] = (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModel,
+)  # the first that knows a config
 
 
 def kind_of(config: PreTrainedConfig) -> Any:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from hf_moe.cli.main import app, main
 
-COMMANDS = ["quickstart", "upcycle", "verify", "show", "env"]
+COMMANDS = ["quickstart", "upcycle", "verify", "inspect", "show", "env"]
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
