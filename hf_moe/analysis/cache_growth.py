@@ -1,5 +1,6 @@
 """How a model's cache grows with the text, measured by running its mixers on tensors without data."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from ..modeling import CacheMemory, DecoderConfig, moe_layers_if_any
 from ..modeling.feed_forwards.base import FeedForward
 
-SHORTEST = 256  # tokens: a multiple of the ratios at which caches are compressed (DeepSeek-V4: 4 and 128)
+SHORTEST = 16  # tokens: more than any convolution remembers
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def cache_growth(model: PreTrainedModel) -> CacheMemory:
     """
     disable_feed_forwards(model)
     fix_rotations(model)
-    length = SHORTEST * -(-2 * longest_window(model.config.get_text_config()) // SHORTEST)
+    length = first_length(model.config.get_text_config())
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # autocast and kernels do not know the meta device
         first, second, third = (cache_bytes(model, length * times) for times in (1, 2, 3))
@@ -65,10 +66,20 @@ def fix_rotations(model: PreTrainedModel) -> None:
             module.rope_type = dict.fromkeys(kinds, "default")  # pyright: ignore[reportArgumentType]
 
 
-def longest_window(config: Any) -> int:
-    """The longest span of tokens that a layer of a config may keep, at least half of `SHORTEST`."""
-    windows = (value for name, value in vars(config).items() if "window" in name or name.endswith("chunk_size"))
-    return max([SHORTEST // 2, *(value for value in windows if type(value) is int)])
+def first_length(config: Any) -> int:
+    """Tokens after which every window of a config is full, and nothing waits to be compressed (DeepSeek-V4)."""
+    windows = numbers_of(config, ("window", "attention_chunk_size"))
+    unit = math.lcm(*numbers_of(config, ("compress_rate", "compress_ratio")))
+    return unit * math.ceil(max([SHORTEST, *(2 * window for window in windows)]) / unit)
+
+
+def numbers_of(config: Any, words: tuple[str, ...]) -> list[int]:
+    """The positive whole numbers in the fields of a config whose names have one of these words."""
+    found: list[int] = []
+    for value in (value for name, value in vars(config).items() if any(word in name for word in words)):
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        found += [number for number in values if type(number) is int and number > 0]
+    return found
 
 
 def cache_bytes(model: PreTrainedModel, length: int) -> int:

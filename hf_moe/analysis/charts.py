@@ -14,7 +14,7 @@ Colour = tuple[int, int, int]
 BLUE, ORANGE, RED = (46, 111, 219), (222, 120, 20), (214, 40, 57)
 STEPS = 120  # shades of one colour
 EMPTY, FLAGGED = 0, 2 * STEPS + 1  # palette entries: nothing there; to be seen
-WIDTH, LEFT, TOP, BOTTOM = 900, 46, 6, 40
+WIDTH, LEFT, TOP, BOTTOM = 820, 46, 6, 40
 
 
 def palette(low: Colour, high: Colour) -> tuple[bytes, bytes]:

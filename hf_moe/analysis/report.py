@@ -12,7 +12,7 @@ from .style import CSS
 from .units import count, layer_labels, size
 
 BUSIEST = 4.0  # times the fair load that gets the full colour
-DOUBLINGS = 2.0  # of the mean load of all domains that get the full colour
+DOUBLINGS = 1.0  # of the mean load of all domains that get the full colour
 
 
 def html_report(found: Inspection) -> str:
@@ -77,22 +77,28 @@ def chosen_of(top_k: Sequence[int | None]) -> str:
     return f"{numbers} per token" if numbers else ""
 
 
-LAYER_COLUMNS: list[tuple[str, Callable[[LayerRow], str]]] = [
-    ("Layers", lambda row: f"{row.first}" if row.first == row.last else f"{row.first}-{row.last}"),
-    ("Mixer", lambda row: row.mixer),
-    ("Widths", lambda row: row.widths),
-    ("Feed-forward", lambda row: row.feed_forward),
-    ("Dense width", lambda row: "" if row.feed_forward_width is None else str(row.feed_forward_width)),
-    ("Router", lambda row: f"{row.router} ({row.scoring})" if row.router else ""),
-    ("Expert kind", lambda row: row.experts),
-    ("Experts", lambda row: experts_of(row)),
-    ("Top-k", lambda row: "" if not row.num_experts else "varies" if row.top_k is None else str(row.top_k)),
-    ("Expert width", lambda row: "" if row.expert_width is None else str(row.expert_width)),
-    ("Shared width", lambda row: str(row.shared_width or "")),
-    ("Parameters", lambda row: count(row.parameters)),
-    ("Active", lambda row: count(row.active_parameters)),
+Cell = tuple[str, str]  # what stands in a cell, and what stands below it, smaller
+LAYER_COLUMNS: list[tuple[str, Callable[[LayerRow], Cell]]] = [
+    ("Layers", lambda row: (layer_range(row), "")),
+    ("Mixer", lambda row: (row.mixer, row.widths)),
+    ("Feed-forward", lambda row: (row.feed_forward, width("dense, width", row.feed_forward_width))),
+    ("Router", lambda row: (row.router, row.scoring)),
+    ("Experts", lambda row: (experts_of(row), f"{row.experts} {width('of width', row.expert_width)}".strip())),
+    ("Top-k", lambda row: ("" if not row.num_experts else "varies" if row.top_k is None else str(row.top_k), "")),
+    ("Shared width", lambda row: (str(row.shared_width or ""), "")),
+    ("Parameters", lambda row: (count(row.parameters), f"{count(row.active_parameters)} active")),
 ]
-LEFT_COLUMNS = ("Layers", "Layer", "Mixer", "Widths", "Feed-forward", "Router", "Expert kind")
+LEFT_COLUMNS = ("Layers", "Layer", "Mixer", "Feed-forward", "Router", "Experts")
+
+
+def width(words: str, number: int | None) -> str:
+    """`of width 768`, or nothing."""
+    return "" if number is None else f"{words} {number}"
+
+
+def layer_range(row: LayerRow) -> str:
+    """`3`, or `4-11`."""
+    return f"{row.first}" if row.first == row.last else f"{row.first}-{row.last}"
 
 
 def experts_of(row: LayerRow) -> str:
@@ -108,7 +114,7 @@ def layers_section(facts: ModelFacts) -> str:
     parts = ["<h2>Layers</h2>", note("Equal neighbours are one row; parameters are those of one layer.")]
     for stack in stacks:
         rows = [row for row in facts.layers if row.stack == stack]
-        used = [(name, cell) for name, cell in LAYER_COLUMNS if any(map(cell, rows))]
+        used = [(name, cell) for name, cell in LAYER_COLUMNS if any(any(cell(row)) for row in rows)]
         parts += [f"<h3>{escape(stack)}</h3>"] if len(stacks) > 1 else []
         parts.append(table([name for name, _ in used], [[cell(row) for _, cell in used] for row in rows]))
     return "".join(parts) + note(f"Outside the layers: {count(facts.parameters_outside_layers)} parameters.")
@@ -174,7 +180,10 @@ def pairs_section(routing: RoutingFacts) -> str:
         figures.append(
             f"<figure>{drawing}<figcaption>layer {escape(label)}{closest_pair(layer)}</figcaption></figure>"
         )
-    explained = "Row i, column j: of the tokens that chose expert i, the share that chose j too, P(j | i)."
+    explained = (
+        "Row i, column j: of the tokens that chose expert i, the share that chose j too, P(j | i). Below each: "
+        "the largest share of the layer."
+    )
     stops = [(STEPS // 4, f"{largest / 4:.2f}"), (STEPS // 2, f"{largest / 2:.2f}"), (STEPS, f"{largest:.2f}")]
     return (
         "<h2>Co-activation</h2>"
@@ -196,27 +205,24 @@ def domains_section(routing: RoutingFacts) -> str:
     layers = routing.layers
     labels, divergences = layer_labels([layer.name for layer in layers]), [layer.divergence or 0.0 for layer in layers]
     highest = nice_limit(max(divergences))
-    parts = [
-        "<h2>Domains</h2>",
-        note(
-            "Jensen-Shannon divergence of the domains' loads: 0 if all use the experts alike, 1 if no two share any."
-        ),
-        plot(bars(divergences, labels, "Divergence of the domains in every layer", highest)),
-        note("Below, the load of an expert in one domain over its mean load in all domains."),
-    ]
+    explained = (
+        "Jensen-Shannon divergence of the domains' loads: 0 if all use the experts alike, 1 if no two share any."
+    )
+    parts = ["<h2>Domains</h2>", note(explained)]
+    parts.append(plot(bars(divergences, labels, "Divergence of the domains in every layer", highest)))
+    parts.append(note("Below, the load of an expert in one domain over its mean load in all domains."))
+    stops = [(2 * STEPS, "half or less"), (EMPTY, "the mean"), (STEPS, "twice or more"), (FLAGGED, "never chosen")]
     for name in routing.tokens:
-        rows = [[doubling(ratio) for ratio in layer.specialization[name]] for layer in layers]
+        rows = [preferences(layer, name) for layer in layers]
         drawing = heat_map(rows, labels, f"Experts that {name} prefers and avoids", BLUE, ORANGE)
-        parts.append(f"<h3>{escape(name)}</h3>" + plot(drawing))
-    half = STEPS // 2
-    stops = [
-        (2 * STEPS, "a quarter or less"),
-        (STEPS + half, "half"),
-        (EMPTY, "the mean"),
-        (half, "twice"),
-        (STEPS, "4 times"),
-    ]
-    return "".join(parts) + legend(stops, BLUE, ORANGE)
+        parts.append(f"<h3>{escape(name)}</h3>" + plot(drawing + legend(stops, BLUE, ORANGE)))
+    return "".join(parts)
+
+
+def preferences(layer: LayerRouting, domain: str) -> list[int]:
+    """The palette's entries for what a domain does with the experts of a layer."""
+    dead = {*layer.dead_experts}
+    return [FLAGGED if e in dead else doubling(ratio) for e, ratio in enumerate(layer.specialization[domain])]
 
 
 def doubling(ratio: float) -> int:
@@ -240,12 +246,20 @@ def plot(drawing: str) -> str:
     return f'<div class="box plot">{drawing}</div>'
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in a box that scrolls by itself."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
+    """A table in a box that scrolls by itself; a cell is a text, or one with a smaller one below."""
     sides = [' class="left"' if column in LEFT_COLUMNS else "" for column in columns]
     head = "".join(f"<th{side}>{escape(column)}</th>" for side, column in zip(sides, columns, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td{side}>{escape(cell)}</td>" for side, cell in zip(sides, row, strict=True)) + "</tr>"
+        "<tr>"
+        + "".join(f"<td{side}>{cell_content(cell)}</td>" for side, cell in zip(sides, row, strict=True))
+        + "</tr>"
         for row in rows
     )
     return f'<div class="box"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def cell_content(cell: str | Cell) -> str:
+    """What stands between the tags."""
+    first, below = (cell, "") if isinstance(cell, str) else cell
+    return escape(first) + (f"<small>{escape(below)}</small>" if below else "")

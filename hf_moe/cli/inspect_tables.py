@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..analysis import Inspection, LayerRouting, ModelFacts, RoutingFacts
+    from ..analysis import Inspection, LayerRouting, LayerRow, ModelFacts, RoutingFacts
 
 SHOWN = 8  # dead experts of a layer
 
@@ -37,15 +37,21 @@ def show_facts(console: "Console", found: "Inspection") -> None:
         "parameters": f"{facts.parameters:,} ({count(facts.parameters)})",
         "active per token": f"{facts.active_parameters:,} ({share:.1%})",
         "embedding, head": f"{facts.embedding_parameters:,}",
-        "cache per token": f"not known: {facts.cache_note}",
+        "cache": describe_cache(facts),
         "on disk": "not on this machine" if found.disk_bytes is None else size(found.disk_bytes),
     }
-    if facts.cache_bytes_per_token is not None:
-        rows["cache per token"] = size(facts.cache_bytes_per_token)
-        rows["cache, fixed"] = size(facts.cache_bytes_fixed or 0)
     for name, value in rows.items():
         table.add_row(name, Text(value))
     console.print(table)
+
+
+def describe_cache(facts: "ModelFacts") -> str:
+    """What a sequence keeps."""
+    from ..analysis.units import size
+
+    if facts.cache_bytes_per_token is None:
+        return f"not known: {facts.cache_note}"
+    return f"{size(facts.cache_bytes_per_token)} per token + {size(facts.cache_bytes_fixed or 0)}"
 
 
 def show_layers(console: "Console", facts: "ModelFacts") -> None:
@@ -53,13 +59,32 @@ def show_layers(console: "Console", facts: "ModelFacts") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..analysis.report import LAYER_COLUMNS
+    from ..analysis.report import layer_range
+    from ..analysis.units import count
 
-    used = [(name, cell) for name, cell in LAYER_COLUMNS if any(cell(row) for row in facts.layers)]
-    table = Table(*[name.lower() for name, _ in used], show_lines=True)
+    several = len({row.stack for row in facts.layers}) > 1
+    table = Table("layers", "mixer", "feed-forward", "parameters of one", show_lines=True)
     for row in facts.layers:
-        table.add_row(*[Text(cell(row)) for _, cell in used])
+        sizes = f"{count(row.parameters)}\n{count(row.active_parameters)} active"
+        where = f"{row.stack}\n{layer_range(row)}" if several else layer_range(row)
+        table.add_row(*map(Text, (where, f"{row.mixer}\n{row.widths}".strip(), describe_feed_forward(row), sizes)))
     console.print(table)
+
+
+def describe_feed_forward(row: "LayerRow") -> str:
+    """A feed-forward, its experts and its router, in some lines."""
+    from ..analysis.report import chosen_of, experts_of
+
+    lines = [row.feed_forward]
+    if row.feed_forward_width is not None:
+        lines.append(f"dense width {row.feed_forward_width}")
+    if row.num_experts:
+        width = "" if row.expert_width is None else f" of width {row.expert_width}"
+        lines.append(f"{experts_of(row)} {row.experts}{width}")
+        lines.append(f"{row.router} ({row.scoring}), {chosen_of([row.top_k])}")
+    if row.shared_width:
+        lines.append(f"shared width {row.shared_width}")
+    return "\n".join(lines)
 
 
 def show_routing(console: "Console", routing: "RoutingFacts") -> None:
@@ -71,7 +96,7 @@ def show_routing(console: "Console", routing: "RoutingFacts") -> None:
 
     several = len(routing.tokens) > 1
     read = ", ".join(f"{name}: {tokens:,} tokens" for name, tokens in routing.tokens.items())
-    names = ["layer", "experts", "per token", "MaxVio", "entropy", "confidence", "busiest", "most often together"]
+    names = ["layer", "experts", "per token", "MaxVio", "entropy", "confidence", "busiest"]
     table = Table(*names, *(["divergence"] if several else []), "dead experts", title=Text(f"Routing ({read})"))
     for label, layer in zip(layer_labels([layer.name for layer in routing.layers]), routing.layers, strict=True):
         numbers = [layer.experts_per_token, layer.max_vio, layer.entropy, layer.confidence]
@@ -80,7 +105,6 @@ def show_routing(console: "Console", routing: "RoutingFacts") -> None:
             str(len(layer.loads)),
             *(f"{number:.2f}" for number in numbers),
             busiest(layer),
-            together(layer),
         ]
         cells += [f"{layer.divergence:.3f}"] if several and layer.divergence is not None else []
         table.add_row(*map(Text, cells), Text(dead(layer), style="bold red" if layer.dead_experts else ""))
@@ -93,13 +117,6 @@ def busiest(layer: "LayerRouting") -> str:
     """The expert with the largest load, and that load."""
     load = max(layer.loads)
     return f"{layer.loads.index(load)} ({load:.0%})"
-
-
-def together(layer: "LayerRouting") -> str:
-    """The pair with the largest share of the first one's tokens."""
-    from ..analysis.report import closest_pair
-
-    return closest_pair(layer).removeprefix(": ") or "none"
 
 
 def dead(layer: "LayerRouting") -> str:
