@@ -105,8 +105,10 @@ def of_experts(module: Any, owner: Any, gate: Any, choices: int = 1) -> Iterator
 def native_uses(model: PreTrainedModel) -> Iterator[Use]:
     """What a token uses of the experts of Transformers' own families."""
     for layer in moe_layers_if_any(model):
-        share = layer.top_k / (layer.num_experts + layer.num_zero_experts)
-        yield from ((parameter, share) for parameter in expert_parameters(layer))
+        used = layer.top_k * layer.num_experts / (layer.num_experts + layer.num_zero_experts)
+        for parameter in expert_parameters(layer):
+            rows = parameter.shape[0] if parameter.dim() > 2 else layer.num_experts
+            yield parameter, used / rows
     for module in model.modules():
         if type(module).__name__ == "JetMoeMoA":  # attention experts, which are no MoE layer
             moa: Any = module
@@ -115,10 +117,14 @@ def native_uses(model: PreTrainedModel) -> Iterator[Use]:
 
 
 def expert_parameters(layer: MoeLayer) -> Iterator[nn.Parameter]:
-    """The stacked parameters of a layer's routed experts, without the router's and without what experts share."""
+    """The stacked parameters of a layer's routed experts, without the router's and without what experts share.
+
+    LongCat-Flash's first stack has rows for its zero experts too, which are never read (Transformers 5.23).
+    """
     experts, routers = unwrapped(layer.experts), set(layer.gate.parameters())
     flat = hasattr(experts, "mlp") and hasattr(experts.mlp, "w1")  # DBRX: (E F, D)
+    lengths = (layer.num_experts, layer.num_experts + layer.num_zero_experts)
     for parameter in layer.experts.parameters():
-        stacks = parameter.shape[0] % layer.num_experts == 0 if flat else parameter.shape[0] == layer.num_experts
+        stacks = parameter.shape[0] % layer.num_experts == 0 if flat else parameter.shape[0] in lengths
         if stacks and parameter not in routers:
             yield parameter

@@ -134,6 +134,16 @@ def test_every_architecture_of_ours_has_rows(kind):
     assert (facts.parameters, facts.active_parameters) == (counts.total, counts.active)
 
 
+def test_zero_experts_take_their_part_of_the_choices():
+    """Of 3 choices among 4 true and 2 zero experts, 2 fall on true ones, in both stacks."""
+    latent = {"q_lora_rank": 4, "kv_lora_rank": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    sizes = {"num_layers": 1, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 3, "expert_ffn_hidden_size": 8}
+    config = AutoConfig.for_model("longcat_flash", **latent, **sizes, hidden_size=16, vocab_size=64)
+    facts = model_facts(config)
+    unread = 2 * 2 * 8 * 16  # rows of the first stack for experts that have no weights
+    assert facts.parameters - facts.active_parameters == pytest.approx((4 - 2) * 3 * 8 * 16 + unread, abs=1)
+
+
 def test_a_dense_model_has_no_experts_and_an_unknown_mixture_is_refused():
     facts = model_facts(SMALL["llama"])
     assert facts.active_parameters == facts.parameters and not any(row.num_experts for row in facts.layers)
