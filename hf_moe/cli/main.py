@@ -10,6 +10,7 @@ import typer
 from .card import card
 from .env import env
 from .export import export
+from .inspect import inspect
 from .push import push
 from .quickstart import quickstart
 from .run import run
@@ -40,6 +41,8 @@ def options(
 
         hf-moe verify mixture law-model code-model
 
+        hf-moe inspect mixture --data code.txt --report routing.html
+
         hf-moe export mixture --to flat --output standalone
 
         hf-moe card mixture
@@ -56,7 +59,7 @@ def options(
         os.environ["HF_MOE_DEBUG"] = "1"
 
 
-for command in (quickstart, upcycle, verify, export, card, push, show, env):
+for command in (quickstart, upcycle, verify, export, inspect, card, push, show, env):
     app.command()(command)
 app.command(context_settings={"ignore_unknown_options": True})(run)  # they belong to the other program
 

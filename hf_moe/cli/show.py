@@ -90,8 +90,8 @@ def print_code(text: str) -> None:
         typer.echo(text, nl=False)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write beside the file, then rename: whoever reads it sees all of it or none."""
+def write_whole(path: Path, text: str, err: bool = False) -> None:
+    """Write beside the file, then rename: whoever reads it sees all of it or none. `err`: say so on stderr."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -99,4 +99,4 @@ def write_whole(path: Path, text: str) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-    typer.echo(f"Wrote {path} ({len(text.splitlines())} lines).")
+    typer.echo(f"Wrote {path} ({len(text.splitlines())} lines).", err=err)

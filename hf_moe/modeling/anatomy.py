@@ -167,6 +167,24 @@ def moe_layers(model: PreTrainedModel) -> Iterator[MoeLayer]:
         _check_type(model.config.model_type)
 
 
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+
+
+def moe_layers_if_any(model: PreTrainedModel) -> list[MoeLayer]:
+    """The MoE layers of a model; a native dense model has none.
+
+    Raises:
+        ValueError: a native mixture whose layout is not known.
+    """
+    try:
+        return list(moe_layers(model))
+    except ValueError:
+        text = model.config.get_text_config()
+        if model.config.model_type in UNSUPPORTED or any(getattr(text, name, None) for name in EXPERT_COUNTS):
+            raise
+        return []
+
+
 SELECTIONS = {"softmax": "softmax_selected", "sigmoid": "sigmoid"}  # Cohere 2's `expert_selection_fn`
 
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from hf_moe.cli.main import app, main
 
-COMMANDS = ["quickstart", "upcycle", "verify", "export", "card", "push", "run", "show", "env"]
+COMMANDS = ["quickstart", "upcycle", "verify", "export", "inspect", "card", "push", "run", "show", "env"]
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
