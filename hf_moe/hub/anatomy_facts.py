@@ -1,18 +1,15 @@
 """What a config says about a model without its weights: sizes, and each kind of layer in a line."""
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from ..modeling import DecoderConfig, count_parameters, moe_layers
-
-SAFE_TENSORS = "*.safetensors"
+from ..analysis.layer_table import LayerRow, layer_table
+from ..modeling import DecoderConfig, empty_model, parameters_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +22,7 @@ class Facts:
         active: parameters that one token uses; None where nobody can say.
         layers: (which layers, what they are made of).
         bytes: of the weight files.
+        sparse: whether there are experts.
     """
 
     config: PreTrainedConfig
@@ -32,6 +30,7 @@ class Facts:
     active: int | None
     layers: list[tuple[str, str]]
     bytes: int
+    sparse: bool
 
     @property
     def ours(self) -> bool:
@@ -49,46 +48,29 @@ def facts_of(folder: Path) -> Facts:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}: cannot read its config: {str(error).splitlines()[0]}") from error
-    total, active, layers = of_ours(config) if isinstance(config, DecoderConfig) else of_native(config)
-    return Facts(config, total, active, layers, sum(path.stat().st_size for path in folder.glob(SAFE_TENSORS)))
-
-
-def of_ours(config: DecoderConfig) -> tuple[int, int, list[tuple[str, str]]]:
-    """Counts, and the composition that the config spells out."""
-    counts = count_parameters(config)
-    names = [config.block_pattern[number % len(config.block_pattern)] for number in range(len(config.block_starts))]
-    blocks = [(name, describe(config.blocks[name])) for name in names]
-    return counts.total, counts.active, ranges(blocks)
-
-
-def of_native(config: PreTrainedConfig) -> tuple[int, int | None, list[tuple[str, str]]]:
-    """Counts from an empty model, and its sparse layers as `moe_layers` sees them."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    parameters = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    total = sum(parameters.values())
+    model = empty_model(config)
     try:
-        sparse = list(moe_layers(model))
-    except ValueError:  # dense, or a mixture of a kind that we do not know
-        return total, None if any("expert" in name for name, _ in model.named_modules()) else total, []
-    unused, lines = 0.0, []
-    for layer in sparse:
-        share = layer.top_k / (layer.num_experts + layer.num_zero_experts)
-        unused += (1 - share) * sum(parameters[id(parameter)] for parameter in layer.experts.parameters())
-        shared = " and shared ones" if layer.shared_experts is not None else ""
-        lines.append((layer.name, f"{layer.num_experts} experts{shared}, {layer.top_k} per token, {layer.scoring}"))
-    kinds = Counter(text for _, text in lines)
-    return total, round(total - unused), [(f"{count} sparse layers", text) for text, count in kinds.items()]
+        counts, rows = parameters_of(model), layer_table(model)
+    except ValueError:  # a mixture whose layers are not known: no figure is better than a wrong one
+        total, active, rows = sum(parameter.numel() for parameter in model.parameters()), None, []
+    else:
+        total, active = counts.total, counts.active
+    layers = of_ours(config) if isinstance(config, DecoderConfig) else [in_words(row) for row in rows]
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return Facts(config, total, active, layers, size, any(row.num_experts for row in rows))
 
 
-def ranges(blocks: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Equal neighbours as one row: numbers of the blocks, from 0, and what they are."""
+def of_ours(config: DecoderConfig) -> list[tuple[str, str]]:
+    """The composition, spelt out as in the config; equal neighbours in one row."""
+    blocks = [
+        config.blocks[config.block_pattern[n % len(config.block_pattern)]] for n in range(len(config.block_starts))
+    ]
     rows: dict[str, list[str]] = {}
-    for text, group in groupby(enumerate(blocks), key=lambda item: item[1][1]):
+    for text, group in groupby(enumerate(map(describe, blocks)), key=lambda item: item[1]):
         numbers = [number for number, _ in group]
         span = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
         rows.setdefault(text, []).append(span)
-    return [(f"{', '.join(spans)}", text) for text, spans in rows.items()]
+    return [(", ".join(spans), text) for text, spans in rows.items()]
 
 
 def describe(spec: dict[str, Any]) -> str:
@@ -99,3 +81,18 @@ def describe(spec: dict[str, Any]) -> str:
         if name != "type" and value not in (None, False)
     ]
     return spec.get("type", "block") + (f" ({', '.join(inner)})" if inner else "")
+
+
+def in_words(row: LayerRow) -> tuple[str, str]:
+    """One run of equal layers of a native model."""
+    which = f"{row.first}" if row.first == row.last else f"{row.first}-{row.last}"
+    what = [row.mixer, row.feed_forward]
+    if row.feed_forward_width is not None:
+        what[-1] += f" of width {row.feed_forward_width}"
+    if row.num_experts:
+        chosen = "a varying number" if row.top_k is None else f"{row.top_k}"
+        width = "" if row.expert_width is None else f" of width {row.expert_width}"
+        what.append(f"{row.num_experts} experts{width}, {chosen} per token ({row.scoring})")
+    if row.shared_width:
+        what.append(f"shared experts of width {row.shared_width}")
+    return which, ", ".join(filter(None, what))

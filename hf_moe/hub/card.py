@@ -97,7 +97,7 @@ def metadata(
     facts: Facts, receipt: dict[str, Any] | None, license: str | None, base_model: list[str], datasets: list[str]
 ) -> ModelCardData:
     """The YAML at the top, by which the hub finds a model."""
-    tags = ["mixture-of-experts", "hf_moe"] if facts.ours or facts.layers else ["hf_moe"]
+    tags = ["mixture-of-experts", "hf_moe"] if facts.sparse else ["hf_moe"]
     relation = None
     if receipt is not None:
         tags += ["upcycled", receipt["recipe"]["method"]]

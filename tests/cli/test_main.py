@@ -31,7 +31,7 @@ def test_the_program_lists_its_commands():
 def test_a_user_error_is_one_line():
     result = run("show", "gpt5")
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("Error: Unknown model type 'gpt5'; choose from ['bailing_moe', 'bam'")
+    assert result.stderr.startswith("Error: Unknown model type 'gpt5'; choose from ['PanguProMoE', 'bailing_moe', ")
     assert len(result.stderr.splitlines()) == 1
 
 

@@ -70,7 +70,9 @@ def test_leaves_nothing_behind_when_writing_fails(tmp_path: Path, monkeypatch: p
 
 
 def test_unknown_architecture_names_the_choices():
-    with pytest.raises(ValueError, match=r"Unknown model type 'llama'; choose from \['bailing_moe', 'bam', .*'rmoe'"):
+    with pytest.raises(
+        ValueError, match=r"Unknown model type 'llama'; choose from \['PanguProMoE', .*'bam', .*'rmoe'"
+    ):
         run("llama")
 
 

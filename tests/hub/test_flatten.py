@@ -112,5 +112,5 @@ def test_is_the_same_every_time(flat: dict[str, str]):
 
 
 def test_refuses_a_config_that_is_not_ours():
-    with pytest.raises(ValueError, match=r"Unknown model type 'llama'; choose from \['bailing_moe', 'bam', "):
+    with pytest.raises(ValueError, match=r"Unknown model type 'llama'; choose from \['PanguProMoE', 'bailing_moe', "):
         flatten(LlamaConfig())
