@@ -5,6 +5,7 @@ where there is little, so that they fit on either background.
 """
 
 import base64
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ def heat_map(
     full = [[*row, *[EMPTY] * (columns - len(row))] for row in rows]
     step = max(7.0, min(22.0, 420 / len(rows)))
     height, plot = step * len(rows), WIDTH - LEFT - 8
-    every = max(1, round(13 / step))
+    every = math.ceil(13 / step)  # labels that do not touch
     texts = [
         text(LEFT - 8, TOP + step * (number + 0.5), label, "end")
         for number, label in enumerate(labels)

@@ -1,5 +1,6 @@
 """What each layer of a decoder is made of, ours or Transformers' own; equal neighbours are one row."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,7 +107,7 @@ def row_of(
     halves, routers = second_halves(layer, mixtures), [m.gate for m in mixtures]
     mixers = [part for part in parts_of(layer) if not holds(halves + routers, part)]
     dense = [half for half in halves if not holds([m.module for m in mixtures], half)]
-    names = [" + ".join(map(name_of, parts)) for parts in (mixers, halves)]
+    names = [names_of(parts) for parts in (mixers, halves)]
     if not any(names):
         names = [spec.get("type", "") for spec in find_specs(model.config.block(number))]  # pyright: ignore
     parameters = list(layer.parameters())
@@ -185,6 +186,12 @@ def is_feed_forward(part: nn.Module) -> bool:
 def is_ours(module: nn.Module) -> bool:
     """Whether a part is one of this package."""
     return type(module).__module__.startswith("hf_moe.")
+
+
+def names_of(parts: list[nn.Module]) -> str:
+    """`attention`, or `Attention + 2 x HyperConnection`."""
+    counts = Counter(map(name_of, parts))
+    return " + ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items())
 
 
 def name_of(module: nn.Module) -> str:

@@ -29,7 +29,7 @@ th, td { padding: 7px 12px; text-align: right; white-space: nowrap; border-botto
 th { color: var(--soft); font-weight: 500; font-size: 12.5px; }
 tr:last-child td { border-bottom: 0; }
 td { vertical-align: top; }
-.left { text-align: left; }
+.left { text-align: left; white-space: normal; }
 .box + .note { margin-top: 10px; }
 svg { display: block; width: 100%; height: auto; }
 svg.wide { min-width: 700px; }

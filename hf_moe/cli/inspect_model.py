@@ -140,9 +140,8 @@ def load(opened: Opened, facts: "ModelFacts", device: Any) -> "PreTrainedModel":
     inside = f"{model.base_model_prefix}."
     missing = sorted(name for name in about["missing_keys"] if name.startswith(inside) or model.base_model is model)
     if missing:
-        raise ValueError(
-            f"{opened.given} lacks {len(missing)} weights, such as {missing[0]}: its routing means nothing."
-        )
+        number = "1 of its weights is" if len(missing) == 1 else f"{len(missing)} of its weights are"
+        raise ValueError(f"{opened.given}: {number} missing, such as {missing[0]}: its routing would mean nothing.")
     return model
 
 

@@ -9,7 +9,7 @@ DOMAINS = {"code <b>": 4000, "law & order": 3000}
 
 def rows(num_layers: int, num_experts: int) -> list[LayerRow]:
     """One dense layer and then sparse ones, with the longest names that Transformers has."""
-    mixer = "DeepseekV4Attention + DeepseekV4HyperConnection + DeepseekV4HyperConnection"
+    mixer = "DeepseekV4Attention + 2 x DeepseekV4HyperConnection"
     sparse = (
         "Qwen3OmniMoeThinkerTextTopKRouter",
         "Qwen3OmniMoeThinkerTextExperts",
