@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 HOST_TESTS := $(ONE_THREAD) $(BIN)/python -m pytest tests/host
 
-.PHONY: help quickstart test check style test-host test-slow test-gpu bench clean
+.PHONY: help quickstart test check style test-host test-slow test-gpu bench docs notebooks clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -45,6 +45,13 @@ test-gpu: $(VENV)/.installed  ## the tests that need CUDA: kernels against their
 bench: $(VENV)/.installed  ## our blocks next to Transformers', as ratios
 	$(BIN)/python -m benchmarks.feed_forward
 	$(BIN)/python -m benchmarks.mixers
+
+docs: $(VENV)/.installed  ## the documentation site, in build/site
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+notebooks: $(VENV)/.installed  ## run all notebooks
+	$(ONE_THREAD) $(BIN)/python -m pytest tests/test_notebooks.py -m 'slow or not slow'
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

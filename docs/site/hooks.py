@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mkdocs.structure.files import File
+
 import hf_moe
 from hf_moe.modeling import DecoderConfig
-from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
 FOLDER = "architectures"
@@ -36,7 +37,9 @@ def index(known: dict[str, type[DecoderConfig]]) -> str:
     for model_type, config_class in known.items():
         counts = hf_moe.count_parameters(config_class())
         title = sys.modules[config_class.__module__].__doc__.strip().splitlines()[0]
-        lines.append(f"| [`{model_type}`]({model_type}.md) | {title} | {short(counts.total)} | {short(counts.active)} |")
+        lines.append(
+            f"| [`{model_type}`]({model_type}.md) | {title} | {short(counts.total)} | {short(counts.active)} |"
+        )
     return "\n".join([*lines, "\nSizes are those of the default config.\n"])
 
 
@@ -86,7 +89,9 @@ def verified(model_type: str, config_class: type[DecoderConfig]) -> str:
 def prose(text: str) -> str:
     """A docstring as Markdown: a list instead of indented arguments."""
     text = re.sub(r"\n {4}", "\n", text.strip())
-    return re.sub(r"(?m)^ {4}(\w+(?:, \w+)*): ", r"* `\1`: ", text).replace("Args:\n", "\n").replace("\n        ", "\n  ")
+    return (
+        re.sub(r"(?m)^ {4}(\w+(?:, \w+)*): ", r"* `\1`: ", text).replace("Args:\n", "\n").replace("\n        ", "\n  ")
+    )
 
 
 def linked(text: str) -> str:
