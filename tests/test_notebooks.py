@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, in a process of their own, and so does the example."""
+"""The notebooks run from top to bottom, in a process of their own (`make notebooks`), and so does the example."""
 
 import json
 import os
@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-CODE = [*((path, path.stem) for path in NOTEBOOKS), (ROOT / "examples" / "grpo_with_replay.py", "grpo_with_replay")]
+EXAMPLE = ROOT / "examples" / "grpo_with_replay.py"
+CODE = [*(pytest.param(path, path.stem, marks=pytest.mark.slow) for path in NOTEBOOKS), (EXAMPLE, EXAMPLE.stem)]
 
 
 def source_of(path: Path) -> str:
@@ -21,7 +22,7 @@ def source_of(path: Path) -> str:
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
 
-@pytest.mark.parametrize("path,name", CODE, ids=[name for _, name in CODE])
+@pytest.mark.parametrize("path,name", CODE, ids=[*(path.stem for path in NOTEBOOKS), EXAMPLE.stem])
 def test_it_runs(path, name, tmp_path):
     program = tmp_path / f"{name}.py"
     program.write_text(source_of(path))

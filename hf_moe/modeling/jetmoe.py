@@ -16,5 +16,6 @@ def repair_jetmoe() -> None:
     # the attention's router is recorded by the attention and by the gate inside it: twice
     gates = OutputRecorder(modeling_jetmoe.JetMoeTopKGating, index=4)
     classes._can_record_outputs = dict(classes._can_record_outputs or {}, router_logits=gates)
-    # TRL reads and sets `router_aux_loss_coef`; without it the balance loss is switched off there
-    JetMoeConfig.attribute_map = {**JetMoeConfig.attribute_map, "router_aux_loss_coef": "aux_loss_coef"}
+    # TRL reads and sets `router_aux_loss_coef` and asks for `num_experts`; without the first it trains without balance
+    names = {"router_aux_loss_coef": "aux_loss_coef", "num_experts": "num_local_experts"}
+    JetMoeConfig.attribute_map = {**JetMoeConfig.attribute_map, **names}

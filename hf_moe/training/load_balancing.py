@@ -121,7 +121,8 @@ class NativeTerm:
 class LoadBalancing(TrainerCallback):
     """Trains with a balance loss per MoE layer, in Trainer and TRL's trainers, on our models and on native ones.
 
-    It replaces the model's own term, whose value is still reported where the trainer does. Its coefficient does not
+    It replaces the model's own term, whose value is still reported where the trainer does (JetMoE's attention experts
+    are no MoE layers and keep theirs: `aux_loss_coef=0.0` in the config switches it off). Its coefficient does not
     depend on gradient accumulation, the number of processes, padding or packing: the losses of the micro-batches are
     averaged by their numbers of label tokens where the trainer tells them, else evenly. With the mixin `CountsAhead`
     they are averaged by their tokens, and `global` and `sequence` are exactly those of one large batch.

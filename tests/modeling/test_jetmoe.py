@@ -46,5 +46,6 @@ def test_checkpointing_gives_the_same_gradients():
 def test_the_weight_of_the_loss_has_its_usual_name():
     config = model().config
     assert config.router_aux_loss_coef == 0.5
+    assert config.num_experts == 4
     config.router_aux_loss_coef = 0.25
     assert config.aux_loss_coef == 0.25 and "router_aux_loss_coef" not in config.to_dict()
