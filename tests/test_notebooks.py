@@ -36,7 +36,7 @@ def test_it_runs(path, name, tmp_path):
 
 
 def test_notebooks_are_stored_without_outputs():
-    assert len(NOTEBOOKS) == 2
+    assert len(NOTEBOOKS) == 6
     for path in NOTEBOOKS:
         cells = json.loads(path.read_text())["cells"]
         assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells if "outputs" in cell)

@@ -4,7 +4,7 @@ from typing import Any
 
 import typer
 
-NOT_ARGUMENTS = ("config", "dry_run", "list_them")  # flags that a recipe cannot hold
+NOT_ARGUMENTS = ("config", "dry_run", "list_them", "push_to_hub", "private")  # flags that a recipe cannot hold
 NOT_OUR_NAMES = {"to": "target"}  # flags with another name than the argument of `upcycle`
 
 

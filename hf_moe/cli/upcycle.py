@@ -113,6 +113,11 @@ def upcycle(
     report: Annotated[
         str | None, typer.Option(metavar="FILE", help="Also write the receipt, conversion.json, to this file.")
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="REPO", help="Publish the result too, as `hf-moe push` does."),
+    ] = None,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Who may see a new repository.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; read no weights, write nothing.")
     ] = False,
@@ -144,6 +149,7 @@ def upcycle(
     from ..conversion.upcycling import check_warm_up
     from .arguments import as_list, given, settle
     from .plans import show_plan, show_result
+    from .push import push_result
 
     arguments = settle(given(context), config, dry_run)
     output = arguments.get("output")
@@ -159,3 +165,4 @@ def upcycle(
     else:
         written = run(plan, **{name: arguments[name] for name in RUNNING & arguments.keys()})
         show_result(console, plan, written)
+        push_result(written.folder, push_to_hub, private)

@@ -69,6 +69,7 @@ def model_card(
         sizes=[(field, value) for field in SIZES if (value := getattr(facts.config, field, None)) is not None],
         paper=paper,
         bibtex=f"https://arxiv.org/bibtex/{number[1]}" if number else None,
+        tokenizer=any(folder.glob("tokenizer*")),
         self_contained=(folder / "modeling_standalone.py").is_file(),
         serving=serving(facts.config.model_type, facts.ours),
         conversion=conversion(receipt) if receipt else None,

@@ -11,6 +11,7 @@ from fake_hub import TOKEN, FakeHub
 from hub_cases import tiny_model
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from hf_moe.cli.main import app
@@ -218,3 +219,50 @@ def test_the_command(here: FakeHub, trained: Path, tmp_path: Path):
     refused = CliRunner().invoke(app, ["push", str(folder), "me/tiny", "--license", "mit"])
     assert "--license would have no effect" in str(refused.exception)
     assert TOKEN not in dry.output + done.output + shown.output + written.output
+
+
+def test_a_conversion_and_an_export_are_published_at_once(here: FakeHub, tmp_path: Path):
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "dense")
+    make = [
+        "upcycle",
+        str(tmp_path / "dense"),
+        "--to",
+        "mixtral",
+        "--num-experts",
+        "2",
+        "--output",
+        str(tmp_path / "moe"),
+    ]
+    done = CliRunner().invoke(app, [*make, "--push-to-hub", "me/moe", "--private"])
+    assert done.exit_code == 0 and here.private == {"me/moe": True}, done.output
+    card = ModelCard(here.repos["me/moe"]["README.md"].decode())
+    assert (
+        "upcycled" in card.data.tags and 'from_pretrained("me/moe")' in card.text and "AutoTokenizer" not in card.text
+    )
+    assert not [path for path in here.repos["me/moe"] if path.endswith(".py")]  # a native target needs no code
+    again = ["export", str(tmp_path / "moe"), "--to", "fused", "--output", str(tmp_path / "fused")]
+    done = CliRunner().invoke(app, [*again, "--push-to-hub", "me/fused"])
+    assert done.exit_code == 0 and "me/fused" in here.repos, done.output
+
+
+def test_sources_under_different_licences(here: FakeHub, trained: Path, tmp_path: Path):
+    folder = change(trained, tmp_path)
+    receipt = {"recipe": {"method": "btx", "num_experts": 2, "top_k": 1}, "versions": {}}
+    receipt["sources"] = [{"folder": name, "license": name, "shards": {}} for name in ("mit", "apache-2.0")]
+    receipt["exactness"] = {"level": "approximate", "promised": "approximate", "reason": "x", "measured": []}
+    receipt["exactness"]["useful_without_training"] = None
+    (folder / "conversion.json").write_text(json.dumps(receipt))
+    with pytest.raises(
+        ValueError, match=r"licences of its sources differ \(mit: mit, apache-2.0: apache-2.0\).*--license"
+    ):
+        publish(folder, "me/tiny")
+    assert here.requests == []
+    publish(folder, "me/tiny", card=model_card(folder, license="apache-2.0"))
+    assert here.commits == [("me/tiny", "main", False)]
