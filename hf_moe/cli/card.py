@@ -1,5 +1,6 @@
 """`hf-moe card`: the model card of a folder, to read before it is published."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +21,12 @@ EvalDataset = Annotated[
     str | None,
     typer.Option("--eval-dataset", help="What the figures in eval_results.json were measured on: publishes them."),
 ]
-Plot = Annotated[bool, typer.Option("--plot/--no-plot", help="Draw the load of the experts, if the receipt has it.")]
+Plot = Annotated[
+    bool | None,
+    typer.Option(
+        "--plot/--no-plot", help="Draw the load of the experts. Default: if receipt and matplotlib are there."
+    ),
+]
 
 
 def card(
@@ -30,7 +36,7 @@ def card(
     base_model: BaseModel = None,
     dataset: Dataset = None,
     eval_dataset: EvalDataset = None,
-    plot: Plot = True,
+    plot: Plot = None,
     write: Annotated[bool, typer.Option("--write", help="Save it as README.md (and expert_load.png) in DIR.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a README.md of your own.")] = False,
     validate: Annotated[bool, typer.Option("--validate", help="Have the metadata checked by the hub.")] = False,
@@ -48,7 +54,7 @@ def card(
 
     if write and has_own_card(folder) and not overwrite:
         raise ValueError(f"{folder / CARD} is your own text; add --overwrite to replace it.")
-    text = make_card(folder, repo_id, license, base_model, dataset, eval_dataset, plot and write)
+    text = make_card(folder, repo_id, license, base_model, dataset, eval_dataset, plot if write else False)
     if validate:
         with explained(repo_id or folder.name):
             text.validate()
@@ -67,13 +73,15 @@ def make_card(
     base_model: list[str] | None,
     dataset: list[str] | None,
     eval_dataset: str | None,
-    plot: bool,
+    plot: bool | None,
 ) -> "ModelCard":
     """The card of a folder with what was said on the command line; `plot` draws the picture into the folder."""
     from ..hub import model_card
     from ..hub.plots import plot_expert_load
 
-    if plot:
+    if plot is None and find_spec("matplotlib") is None:
+        typer.echo("No plot: matplotlib is not installed (pip install 'hf_moe[plot]').", err=True)
+    elif plot is not False:
         plot_expert_load(folder)
     return model_card(
         folder,

@@ -21,7 +21,7 @@ def push(
     base_model: BaseModel = None,
     dataset: Dataset = None,
     eval_dataset: EvalDataset = None,
-    plot: Plot = True,
+    plot: Plot = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be uploaded; send nothing.")] = False,
 ) -> None:
     """Upload a model folder in one commit: safetensors, config, tokenizer and card. Pickle files are refused.
@@ -47,7 +47,7 @@ def push(
             raise ValueError(f"{folder / 'README.md'} is your own card: {' and '.join(unused)} would have no effect.")
         text = None
     else:
-        text = make_card(folder, repo_id, license, base_model, dataset, eval_dataset, plot and not dry_run)
+        text = make_card(folder, repo_id, license, base_model, dataset, eval_dataset, False if dry_run else plot)
     if dry_run:
         if text is not None:
             check_license(folder, text)
