@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage] - of whichever HTTP library the hub's client uses
     LocalTokenNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from .card import CARD, conflict, has_own_card, model_card
 from .files import model_files
@@ -28,7 +29,7 @@ ADVICE = {  # HTTP status -> what to do
     429: "too many requests: wait a few minutes and run the same command again",
 }
 LATER = "the hub is not available now: run the same command again later"
-SAFE = "Nothing is lost: the folder is unchanged, and what was uploaded already is not sent again."
+SAFE = "Nothing is lost: your files are as they were, and what was uploaded already is not sent again."
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def publish(
     """
     folder = Path(folder).expanduser()
     files = model_files(folder)
+    with explained(repo_id):
+        validate_repo_id(repo_id)
     card = card or (ModelCard.load(folder / CARD) if has_own_card(folder) else model_card(folder, repo_id=repo_id))
     check_license(folder, card)
     operations = [

@@ -122,6 +122,12 @@ def test_the_hub_says_no(status: int, path: str, says: str, here: FakeHub, train
     assert {file: file.read_bytes() for file in trained.rglob("*") if file.is_file()} == before
 
 
+def test_a_name_that_cannot_be(here: FakeHub, trained: Path):
+    with pytest.raises(ValueError, match=r"'bad name/!' is no name for a repository"):
+        publish(trained, "bad name/!")
+    assert here.requests == []
+
+
 def test_metadata_that_the_hub_refuses(here: FakeHub, trained: Path):
     here.faults += [(CARDS, 400)]
     with pytest.raises(ValueError, match=r"The hub does not accept the metadata of README.md: .*fault 400"):
