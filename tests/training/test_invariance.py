@@ -29,13 +29,13 @@ def expected():
     return functools.cache(invariance.by_formula)
 
 
-@pytest.mark.parametrize("accumulation", [1, 4, 8])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(4, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_trainer(kind, accumulation, expected):
     same(invariance.with_trainer(kind, accumulation), expected(kind))
 
 
-@pytest.mark.parametrize("accumulation", [1, 4, 8])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(4, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sft_trainer_with_packing(kind, accumulation, expected, tokenizer):
     same(invariance.with_packing(kind, tokenizer, accumulation), expected(kind))

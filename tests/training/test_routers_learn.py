@@ -188,7 +188,12 @@ def test_every_router_has_a_row():
     assert ROWS.keys() == hf_moe.ROUTERS.keys()
 
 
-@pytest.mark.parametrize("kind", hf_moe.ROUTERS)
+# one of each way to choose and to weigh in the default run, the others with `make test-slow`
+DEFAULT = {"top_k", "soft", "recurrent", "relu_norm", "top_p", "noisy_top_k", "grouped_top_k"}
+KINDS = [kind if kind in DEFAULT else pytest.param(kind, marks=pytest.mark.slow) for kind in hf_moe.ROUTERS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_learns(kind, record_property):
     row = ROWS[kind]
     experts = {"type": row.experts, "intermediate_size": EXPERT_SIZE}
