@@ -19,7 +19,14 @@ MODEL_TYPES = frozenset(
         *("bam", "based", "blockffn", "coe", "deepseek_moe", "dynamic_moe", "hf_moe", "ling", "moa", "moe_x", "moge"),
         *("mole", "monet", "peer", "peripheral_lm", "rexmoe", "rmoe", "sigma", "smoe_dropout", "switchhead", "thor"),
         *("ultramem", "widenet"),
-        *("bailing_moe", "bailing_moe_linear", "deepseek", "llama_moe", "PanguProMoE"),  # public checkpoints
+        *(
+            "bailing_moe",
+            "bailing_moe_linear",
+            "deepseek",
+            "llama_moe",
+            "PanguProMoE",
+            "time_moe",
+        ),  # public checkpoints
     }
 )
 

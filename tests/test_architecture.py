@@ -38,7 +38,7 @@ MAY_IMPORT = {  # package -> packages of ours it may import
 LEVELS = [  # inside modeling: a module imports lower levels only
     {
         *{"layers", "cache", "context", "packing", "ops", "losses", "controllers", "parts", "feature_maps"},
-        *{"generation", "native_layouts", "divergence", "code_files", "jetmoe", "empty"},
+        *{"generation", "native_layouts", "divergence", "code_files", "jetmoe", "empty", "forecasting"},
     },
     {"routers", "experts"},
     {"mixers"},

@@ -25,29 +25,37 @@ from transformers.models.mixtral import modeling_mixtral
 from .code_files import CARRIED
 from .configuration import DecoderConfig
 from .experts import EXPERTS
-from .model import DecoderForCausalLM, DecoderForSequenceClassification, DecoderForTokenClassification, DecoderModel
+from .model import (
+    DecoderForSequenceClassification,
+    DecoderForTokenClassification,
+    DecoderModel,
+    DecoderPreTrainedModel,
+)
+
+AUTO_HEADS = (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification)
 
 
 def register(
     config_class: type[DecoderConfig],
     model_class: type[DecoderModel],
-    causal_lm_class: type[DecoderForCausalLM],
-    sequence_class: type[DecoderForSequenceClassification],
-    token_class: type[DecoderForTokenClassification],
+    causal_lm_class: type[DecoderPreTrainedModel],
+    sequence_class: type[DecoderForSequenceClassification] | None = None,
+    token_class: type[DecoderForTokenClassification] | None = None,
 ) -> None:
     """Make an architecture known to the Auto classes, the checkpoint loader and the trainers.
 
     Another package's classes for the same model type give way: whoever imports us wants ours.
     """
-    CARRIED[config_class] = (config_class, model_class, causal_lm_class, sequence_class, token_class)
+    heads = (causal_lm_class, sequence_class, token_class)
+    CARRIED[config_class] = (config_class, model_class, *filter(None, heads))
     # The flat file of a repository is found by its `auto_map`. Registered, it would be taken for other repositories of
     # its type too, and it lacks the parts that only they use.
     if not __name__.startswith("transformers_modules."):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)
-    AutoModelForCausalLM.register(config_class, causal_lm_class, exist_ok=True)
-    AutoModelForSequenceClassification.register(config_class, sequence_class, exist_ok=True)
-    AutoModelForTokenClassification.register(config_class, token_class, exist_ok=True)
+    for auto, head in zip(AUTO_HEADS, heads):
+        if head is not None:
+            auto.register(config_class, head, exist_ok=True)
     # Trainer's label smoothing shifts the labels of models named here only, and would teach ours to copy their input
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = causal_lm_class.__name__
     register_checkpoint_layout(config_class)

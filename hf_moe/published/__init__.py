@@ -3,6 +3,8 @@
 Importing them registers them.
 """
 
+from typing import Any
+
 from ..modeling.host import register
 from .bailing_moe import (
     BailingMoeConfig,
@@ -46,8 +48,10 @@ from .plm import (
     PublishedPlmForTokenClassification,
     PublishedPlmModel,
 )
+from .time_moe import TimeMoeConfig, TimeMoeForPrediction, TimeMoeModel
 
-PUBLISHED = {  # model type -> config, decoder, causal language model, sequence classifier, token classifier
+# model type -> config, decoder, causal model, and where it has them sequence classifier and token classifier
+PUBLISHED: dict[str, tuple[Any, ...]] = {
     "bailing_moe": (
         BailingMoeConfig,
         BailingMoeModel,
@@ -83,6 +87,7 @@ PUBLISHED = {  # model type -> config, decoder, causal language model, sequence 
         BailingMoeLinearV2ForSequenceClassification,
         BailingMoeLinearV2ForTokenClassification,
     ),
+    "time_moe": (TimeMoeConfig, TimeMoeModel, TimeMoeForPrediction),
 }
 AMBIGUOUS = {  # types whose names others use too: registered by `hf_moe.enable` only
     "plm": (
