@@ -10,6 +10,7 @@ import typer
 from .card import card
 from .env import env
 from .export import export
+from .import_checkpoint import import_checkpoint
 from .inspect import inspect
 from .push import push
 from .quickstart import quickstart
@@ -45,6 +46,8 @@ def options(
 
         hf-moe export mixture --to flat --output standalone
 
+        hf-moe import SparseLLM/BlockFFN-Small --output blockffn-small
+
         hf-moe card mixture
 
         hf-moe push mixture me/mixture --private
@@ -61,6 +64,7 @@ def options(
 
 for command in (quickstart, upcycle, verify, export, inspect, card, push, show, env):
     app.command()(command)
+app.command("import")(import_checkpoint)  # no function can be called import
 app.command(context_settings={"ignore_unknown_options": True})(run)  # they belong to the other program
 
 

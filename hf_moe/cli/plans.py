@@ -151,7 +151,7 @@ def describe_files(plan: "Plan", arguments: dict[str, Any]) -> str:
     from ..conversion.engine import DEFAULT_SHARD_SIZE, plan_files
 
     size = arguments.get("max_shard_size", DEFAULT_SHARD_SIZE)
-    return f"{len(plan_files(plan, size))} of at most {size}"
+    return f"{len(plan_files(plan.shapes, size))} of at most {size}"
 
 
 def describe_memory(plan: "Plan", arguments: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ killed leaves the sibling; with `resume` its finished shards are kept.
 
 import copy
 import hashlib
+import math
 import shutil
 import sys
 import time
@@ -25,7 +26,7 @@ from .checkpoints import INDEX
 from .output import check_output, copy_companions
 from .planning import Plan
 from .recipes import Kitchen
-from .tensor_files import ShardWriter, content, num_bytes, sha256_of, shard_names, split_into_shards
+from .tensor_files import Shapes, ShardWriter, content, num_bytes, sha256_of, shard_names, split_into_shards
 from .workplace import Workplace, workplace, write_json
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -81,7 +82,7 @@ def convert(
     started = time.monotonic()
     folders = [source.folder for source in plan.sources if source.folder is not None]
     target = check_output(output, overwrite, folders)
-    files = plan_files(plan, max_shard_size)
+    files = plan_files(plan.shapes, max_shard_size)
     identity = identity_of(plan, files, findings or {})
     with workplace(target, identity, overwrite, resume, folders) as work:
         check_space(plan, work)
@@ -98,7 +99,7 @@ def convert(
     return replace(written, seconds=time.monotonic() - started, shards=shards, peak_rss=peak_rss())
 
 
-def plan_files(plan: Plan, max_shard_size: int | str) -> dict[str, list[str]]:
+def plan_files(shapes: Shapes, max_shard_size: int | str) -> dict[str, list[str]]:
     """File -> its tensors."""
     size = int(max_shard_size) if str(max_shard_size).isdigit() else max_shard_size
     try:
@@ -107,7 +108,7 @@ def plan_files(plan: Plan, max_shard_size: int | str) -> dict[str, list[str]]:
         raise ValueError(f"max_shard_size={max_shard_size!r} is no size; say 5GB or 200MB") from error
     if limit < 1:
         raise ValueError(f"max_shard_size={max_shard_size!r} must be positive")
-    shards = split_into_shards(plan.shapes, limit)
+    shards = split_into_shards(shapes, limit)
     return dict(zip(shard_names(len(shards)), shards, strict=True))
 
 
@@ -187,13 +188,20 @@ def write_small_files(plan: Plan, partial: Path, files: dict[str, list[str]]) ->
     first = plan.sources[0]
     if (generation_config := first.generation_config()) is not None:
         generation_config.save_pretrained(partial)
-    if len(files) > 1:
-        total, _ = plan.num_parameters()
-        weight_map = {name: file for file, names in files.items() for name in names}
-        metadata = {"total_parameters": total, "total_size": plan.bytes}
-        write_json(partial / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    write_index(partial, files, plan.shapes)
     if first.folder is not None:
         copy_companions(first.folder, partial)
+
+
+def write_index(folder: Path, files: dict[str, list[str]], shapes: Shapes) -> None:
+    """Which file holds which tensor, where there are several files."""
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        metadata = {
+            "total_parameters": sum(math.prod(shape) for shape, _ in shapes.values()),
+            "total_size": sum(num_bytes(*facts) for facts in shapes.values()),
+        }
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..modeling import DecoderConfig
 from .native_equals import OTHER_NAMES, native_config
 from .output import atomic_directory, check_output, copy_companions
-from .sources import Source, open_source
+from .sources import Source, floating_dtype, open_source
 
 FORMS = {
     "native": "the native type of Transformers that computes the same, one tensor per expert",
@@ -94,10 +94,7 @@ def load(source: Source, dtype: str | torch.dtype) -> PreTrainedModel:
     model = source.load()
     if dtype == "auto":
         return model
-    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-        raise ValueError(f"dtype {dtype!r} is unknown; choose float32, bfloat16 or float16.")
-    return model.to(wanted)  # pyright: ignore[reportArgumentType]
+    return model.to(floating_dtype(dtype))  # pyright: ignore[reportArgumentType]
 
 
 def as_native(model: PreTrainedModel, model_type: str | None = None) -> PreTrainedModel:

@@ -53,6 +53,14 @@ class Source:
             raise ValueError(f"{self.label}: cannot read its weights: {first_line(error)}") from error
 
 
+def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating-point type, also by its name."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype {dtype!r} is unknown; choose float32, bfloat16 or float16.")
+    return found
+
+
 def first_line(error: Exception) -> str:
     """The gist of an error that Transformers or the hub explains at length."""
     return str(error).strip().split("\n")[0]

@@ -100,7 +100,7 @@ def test_a_dry_run_tells_routers_data_files_and_memory(sources, tmp_path):
     )
     assert result.exit_code == 0, result.output
     plan = plan_upcycling(sources[0], Options(target="mixtral", method="virtual_group", granularity=2, num_experts=4))
-    files = plan_files(plan, "20KB")
+    files = plan_files(plan.shapes, "20KB")
     assert len(files) > 2 and f"{len(files)} of at most 20KB" in result.output
     assert f"about {plan.peak_memory / 1e9:.2f} GB" in result.output and "(megatron_scaling=false)" in result.output
     assert "random: fresh rows from N(0, 0.001); equal in sets of 2 experts" in result.output

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from published_checkpoints import load, random_tensors, saves_back, silu
+from naive import rms_norm, rotate, silu
+from published_checkpoints import load, random_tensors, saves_back
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -75,19 +76,6 @@ def shapes(dense: bool = False) -> dict[str, tuple[int, ...]]:
     return found | {f"lm_heads.{i}.out_layer.weight": (h, D) for i, h in enumerate(HORIZONS)}
 
 
-def norm(w: Tensor, x: Tensor) -> Tensor:
-    return w * x / (x.square().mean() + 1e-6).sqrt()
-
-
-def rotated(x: Tensor, position: int) -> Tensor:
-    half, out = len(x) // 2, x.clone()
-    for i in range(half):
-        angle = position / 10000 ** (i / half)
-        out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
-        out[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
-    return out
-
-
 def gated(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     return w[f"{name}.down_proj.weight"] @ (
         silu(w[f"{name}.gate_proj.weight"] @ x) * (w[f"{name}.up_proj.weight"] @ x)
@@ -101,8 +89,8 @@ def attention(w: dict[str, Tensor], name: str, xs: list[Tensor]) -> list[Tensor]
         heads = []
         for head in range(HEADS):
             part = slice(head * width, (head + 1) * width)
-            query = rotated(q[t][part], t)
-            scores = torch.stack([query @ rotated(k[s][part], s) / math.sqrt(width) for s in range(t + 1)])
+            query = rotate(q[t][part], t)
+            scores = torch.stack([query @ rotate(k[s][part], s) / math.sqrt(width) for s in range(t + 1)])
             heads.append(sum(p * v[s][part] for s, p in enumerate(scores.softmax(0))))
         outputs.append(w[f"{name}.o_proj.weight"] @ torch.cat(heads))
     return outputs
@@ -125,11 +113,11 @@ def naive(w: dict[str, Tensor], points: list[float]) -> tuple[list[list[Tensor]]
     embed = [w[f"model.embed_layer.{name}_layer.weight"][:, 0] for name in ("gate", "emb")]
     xs = [silu(embed[0] * point) * (embed[1] * point) for point in points]
     for layer in (f"model.layers.{number}" for number in range(LAYERS)):
-        mixed = attention(w, f"{layer}.self_attn", [norm(w[f"{layer}.input_layernorm.weight"], x) for x in xs])
+        mixed = attention(w, f"{layer}.self_attn", [rms_norm(x, w[f"{layer}.input_layernorm.weight"]) for x in xs])
         xs = [x + y for x, y in zip(xs, mixed)]
-        inner = [norm(w[f"{layer}.post_attention_layernorm.weight"], x) for x in xs]
+        inner = [rms_norm(x, w[f"{layer}.post_attention_layernorm.weight"]) for x in xs]
         xs = [x + feed_forward(w, f"{layer}.ffn_layer", y, logits) for x, y in zip(xs, inner)]
-    xs = [norm(w["model.norm.weight"], x) for x in xs]
+    xs = [rms_norm(x, w["model.norm.weight"]) for x in xs]
     return [[w[f"lm_heads.{i}.out_layer.weight"] @ x for x in xs] for i in range(len(HORIZONS))], logits
 
 
